@@ -27,14 +27,15 @@ _FIXED = {
     "seq_aux": True,
     "attention_dropout": 0.0,
     "ep_size": 1,
+    "rope_interleave": True,
 }
 # Written for other readers of the file; we neither need nor interpret them.
 _IGNORED = frozenset(
     "architectures auto_map bos_token_id eos_token_id pad_token_id model_type num_key_value_heads pretraining_tp "
-    "quantization_config rope_parameters torch_dtype dtype transformers_version use_cache rope_interleave head_dim "
+    "quantization_config rope_parameters torch_dtype dtype transformers_version use_cache head_dim "
     "qk_head_dim output_router_logits _name_or_path "
     "num_mtp_layers num_local_experts return_dict output_hidden_states output_attentions chunk_size_feed_forward "
-    "is_encoder_decoder id2label label2id problem_type".split()
+    "is_encoder_decoder id2label label2id problem_type".split()  # noqa: SIM905
 )
 
 
@@ -99,11 +100,13 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), str(field.type))
         positive = (
             "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
             "n_routed_experts kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim n_group topk_group "
             "num_experts_per_tok max_position_embeddings"
-        ).split()
+        ).split()  # noqa: SIM905
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -111,7 +114,14 @@ class ModelConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank must be at least 1, or null for no query compression, got {self.q_lora_rank}")
+            raise ValueError(
+                f"q_lora_rank must be at least 1, or null for no query compression, got {self.q_lora_rank}"
+            )
+        if self.rms_norm_eps <= 0 or self.rope_theta <= 0 or self.initializer_range <= 0:
+            raise ValueError(
+                f"rms_norm_eps ({self.rms_norm_eps}), rope_theta ({self.rope_theta}) and initializer_range "
+                f"({self.initializer_range}) must be above 0"
+            )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even (RoPE turns pairs), got {self.qk_rope_head_dim}")
         if self.first_k_dense_replace > self.num_hidden_layers:
@@ -134,8 +144,8 @@ class ModelConfig:
             raise ValueError(f"topk_group ({self.topk_group}) exceeds n_group ({self.n_group})")
         if self.num_experts_per_tok > self.topk_group * per_group:
             raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {self.topk_group * per_group} experts of "
-                f"the {self.topk_group} groups a token may use: raise topk_group or lower num_experts_per_tok"
+                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {self.topk_group * per_group} experts "
+                f"of the {self.topk_group} groups a token may use: raise topk_group or lower num_experts_per_tok"
             )
 
     # Sizes derived from the fields -------------------------------------------------------------------------------
@@ -230,7 +240,10 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def _rope_scaling(raw: Mapping[str, Any], kind: str, config: Mapping[str, Any]) -> RopeScaling:
     names = {f.name for f in dataclasses.fields(RopeScaling)}
-    kept = {k: v for k, v in raw.items() if k in names}
+    kept = {k: v for k, v in raw.items() if k in names and v is not None}
+    unknown = sorted(k for k, v in raw.items() if k not in {*names, "rope_type", "rope_theta"} and v is not None)
+    if unknown:
+        raise ValueError(f"rope_scaling has keys V3 does not know: {', '.join(unknown)}; remove them")
     kept["type"] = kind
     if "factor" not in kept:
         raise ValueError("rope_scaling has no 'factor': it says how many times the context is stretched")
@@ -239,6 +252,14 @@ def _rope_scaling(raw: Mapping[str, Any], kind: str, config: Mapping[str, Any]) 
     kept.setdefault("mscale", 1.0)
     kept.setdefault("mscale_all_dim", 0.0)
     return RopeScaling(**kept)
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    kinds = {"int": int, "float": (int, float), "bool": bool, "RopeScaling": RopeScaling, "None": type(None)}
+    allowed = annotation.split(" | ")
+    # bool is an int to Python, but "hidden_size": true is a mistake
+    if isinstance(value, bool) is not (annotation == "bool") or not any(isinstance(value, kinds[a]) for a in allowed):
+        raise ValueError(f"{name} must be of type {annotation.replace('None', 'null')}, got {value!r}")
 
 
 def _refuse_unknown(given: Mapping[str, Any], what: str) -> None:
