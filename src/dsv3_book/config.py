@@ -30,13 +30,16 @@ _FIXED = {
     "rope_interleave": True,
 }
 # Written for other readers of the file; we neither need nor interpret them.
-_IGNORED = frozenset(
-    "architectures auto_map bos_token_id eos_token_id pad_token_id model_type num_key_value_heads pretraining_tp "
-    "quantization_config rope_parameters torch_dtype dtype transformers_version use_cache head_dim "
-    "qk_head_dim output_router_logits _name_or_path "
-    "num_mtp_layers num_local_experts return_dict output_hidden_states output_attentions chunk_size_feed_forward "
-    "is_encoder_decoder id2label label2id problem_type".split()  # noqa: SIM905
-)
+# fmt: off
+_IGNORED = frozenset((
+    "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "model_type",
+    "num_key_value_heads", "pretraining_tp", "quantization_config", "rope_parameters", "torch_dtype", "dtype",
+    "transformers_version", "use_cache", "head_dim", "qk_head_dim", "output_router_logits", "_name_or_path",
+    "num_mtp_layers", "num_local_experts", "return_dict", "output_hidden_states", "output_attentions",
+    "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
+))
+# fmt: on
+_MAY_BE_ZERO = frozenset(("num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace", "aux_loss_alpha"))
 
 
 @dataclass(frozen=True)
@@ -101,18 +104,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), str(field.type))
-        positive = (
-            "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-            "n_routed_experts kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim n_group topk_group "
-            "num_experts_per_tok max_position_embeddings"
-        ).split()  # noqa: SIM905
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace", "aux_loss_alpha"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, field.name)
+            _check_type(field.name, value, str(field.type))
+            if field.name in _MAY_BE_ZERO and value < 0:
+                raise ValueError(f"{field.name} must not be negative, got {value}")
+            if field.type == "int" and field.name not in _MAY_BE_ZERO and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(
                 f"q_lora_rank must be at least 1, or null for no query compression, got {self.q_lora_rank}"
