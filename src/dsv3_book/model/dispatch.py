@@ -1,0 +1,113 @@
+"""Bringing tokens to their experts and the results back: the protocol, and its local form.
+
+Both ways have two phases, start and wait, so that a schedule can compute something else while tokens travel.
+`parallel/all_to_all.py` (Part III) implements the same protocol between processes; here nothing leaves the process.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Arrived(NamedTuple):
+    """Token-slots on the process that holds their experts, sorted by expert."""
+
+    tokens: Float[Tensor, "S D"]
+    gates: Float[Tensor, " S"]
+    counts: Int[Tensor, " E"]  # rows of each local expert; they sum to S: no token is ever dropped
+
+
+class Handle(Protocol):
+    """A dispatch under way. It is also the map by which `combine` finds the way back."""
+
+    def wait(self) -> Arrived: ...
+
+
+class Pending(Protocol):
+    """A combine under way."""
+
+    def wait(self) -> Float[Tensor, "N D"]: ...
+
+
+class Dispatch(Protocol):
+    """Moves tokens [N, D] to their K experts each and sums the K results of each token."""
+
+    def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> Handle: ...
+
+    def combine(self, y: Float[Tensor, "S D"], handle: Handle) -> Pending: ...
+
+
+class LocalDispatch:
+    """All experts live here: dispatch is a permutation of rows, combine its transpose."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> LocalHandle:
+        return LocalHandle(x, experts, gates, self.num_experts)
+
+    def combine(self, y: Float[Tensor, "S D"], handle: LocalHandle) -> Done:
+        return Done(_Gather.apply(y, handle.back, handle.source))
+
+
+class LocalHandle:
+    """Slot s (sorted by expert) holds token `source[s]`; slot (n, k) of token n went to place `back[n, k]`."""
+
+    def __init__(self, x: Tensor, experts: Tensor, gates: Tensor, num_experts: int) -> None:
+        N, K = experts.shape
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        self.source = order // K
+        self.back = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device)).view(N, K)
+        counts = torch.bincount(flat, minlength=num_experts)
+        self.arrived = Arrived(_Spread.apply(x, self.source, self.back), gates.flatten()[order], counts)
+
+    def wait(self) -> Arrived:
+        return self.arrived
+
+
+class Done(NamedTuple):
+    """A combine that needed no travel."""
+
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        return self.result
+
+
+class _Spread(torch.autograd.Function):
+    """Row n of x to each of its K slots; backward sums the K slots' gradients. `_Gather` is the same, turned around."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x[source]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return _sum_slots(grads[0], back), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, back: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return _sum_slots(y, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (source,) = ctx.saved_tensors
+        return grads[0][source], None, None
+
+
+def _sum_slots(y: Tensor, back: Tensor) -> Tensor:
+    """[S, D] → [N, D]: every token's K rows, summed in a fixed order, so the result is the same every time."""
+    total = y[back[:, 0]]
+    for k in range(1, back.shape[1]):
+        total += y[back[:, k]]
+    return total
