@@ -17,8 +17,8 @@ from dsv3_book.model.router import Routing
 class Block(nn.Module):
     """attention → route → dispatch → experts → combine; `forward` is their plain composition.
 
-    The first `first_k_dense_replace` layers have a dense SwiGLU instead of the last four parts. `dispatch` is handed in by the
-    caller: local, or between processes.
+    The first `first_k_dense_replace` layers have a dense SwiGLU instead of the last four parts. `dispatch` is handed
+    in by the caller: local, or between processes.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
@@ -45,7 +45,7 @@ class Block(nn.Module):
             handle = dispatch.start(h.flatten(0, 1), routing.experts, routing.gates)
             shared = self.mlp.shared(h)  # computed while tokens travel
         y = self.experts(handle.wait())
-        return merge(x, shared, dispatch.combine(y, handle).wait()), routing
+        return merge(x, shared, handle.combine(y).wait()), routing
 
     def attention(self, x: Float[Tensor, "B T D"], at: Angles) -> Float[Tensor, "B T D"]:
         """Norm, latent attention, residual."""

@@ -6,7 +6,7 @@ Both ways have two phases, start and wait, so that a schedule can compute someth
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,24 +21,35 @@ class Arrived(NamedTuple):
     counts: Int[Tensor, " E"]  # rows of each local expert; they sum to S: no token is ever dropped
 
 
-class Handle(Protocol):
-    """A dispatch under way. It is also the map by which `combine` finds the way back."""
-
-    def wait(self) -> Arrived: ...
-
-
+@runtime_checkable
 class Pending(Protocol):
     """A combine under way."""
 
-    def wait(self) -> Float[Tensor, "N D"]: ...
+    def wait(self) -> Float[Tensor, "N D"]:
+        """Every token's K results, summed."""
+        ...
 
 
+@runtime_checkable
+class Handle(Protocol):
+    """A dispatch under way, and the map by which its results find the way back."""
+
+    def wait(self) -> Arrived:
+        """The token-slots that arrived here."""
+        ...
+
+    def combine(self, y: Float[Tensor, "S D"]) -> Pending:
+        """Starts sending the experts' results back to their tokens."""
+        ...
+
+
+@runtime_checkable
 class Dispatch(Protocol):
-    """Moves tokens [N, D] to their K experts each and sums the K results of each token."""
+    """Sends each of N tokens to its K experts."""
 
-    def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> Handle: ...
-
-    def combine(self, y: Float[Tensor, "S D"], handle: Handle) -> Pending: ...
+    def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> Handle:
+        """Starts the journey of x, without waiting for its end."""
+        ...
 
 
 class LocalDispatch:
@@ -47,11 +58,8 @@ class LocalDispatch:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> LocalHandle:
+    def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> Handle:
         return LocalHandle(x, experts, gates, self.num_experts)
-
-    def combine(self, y: Float[Tensor, "S D"], handle: LocalHandle) -> Done:
-        return Done(_Gather.apply(y, handle.back, handle.source))
 
 
 class LocalHandle:
@@ -68,6 +76,9 @@ class LocalHandle:
 
     def wait(self) -> Arrived:
         return self.arrived
+
+    def combine(self, y: Float[Tensor, "S D"]) -> Pending:
+        return Done(_Gather.apply(y, self.back, self.source))
 
 
 class Done(NamedTuple):

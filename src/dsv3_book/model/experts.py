@@ -45,7 +45,7 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)
         routing = self.gate(flat)
         handle = dispatch.start(flat, routing.experts, routing.gates)
-        routed = dispatch.combine(self.experts(handle.wait()), handle).wait().view_as(x)
+        routed = handle.combine(self.experts(handle.wait())).wait().view_as(x)
         shared = self.shared(x)
         return routed if shared is None else routed + shared
 

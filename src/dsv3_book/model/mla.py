@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from dsv3_book.model import ops
 from dsv3_book.model.rope import Angles, rotate
 
 
+@runtime_checkable
 class Cache(Protocol):
     """What MLA needs of a cache: C + R numbers per token and layer, nothing per head."""
 
@@ -52,14 +53,16 @@ class MLA(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], at: Angles) -> Float[Tensor, "B T D"]:
         """Causal attention over the T tokens of each sequence; `at` holds the angles of their positions."""
-        latents = self.down(x)
+        latents = self.compress(x)
         # q, k and v are the large tensors; recomputed in backward if asked, from the small latents (report §3.2.3).
-        with ops.recomputed(lambda *z: self.up(*z, at), *latents, enabled=self.recompute) as (q, k, v):
+        with ops.recomputed(
+            lambda c_q, c_kv, k_rope: self.expand(c_q, c_kv, k_rope, at), *latents, enabled=self.recompute
+        ) as (q, k, v):
             o = causal_attention(q, k, v, self.cfg.softmax_scale)
         return self.o_proj(rearrange(o, "B H T Dv -> B T (H Dv)"))
 
-    def down(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
-        """The small side: query latent [B, T, Q] (x itself without compression), KV latent [B, T, C], raw key [B, T, R]."""
+    def compress(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The small side: query latent [B, T, Q] (x itself if uncompressed), KV latent [B, T, C], raw key [B, T, R]."""
         c_q = x if self.cfg.q_lora_rank is None else self.q_a_proj(x)
         c_kv, k_rope = self.kv_a_proj_with_mqa(x).split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1)
         return c_q, c_kv, k_rope
@@ -75,7 +78,7 @@ class MLA(nn.Module):
         q_nope, q_rope = q.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
         return q_nope, rotate(q_rope, at)
 
-    def up(self, c_q: Tensor, c_kv: Tensor, k_rope: Tensor, at: Angles) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, c_q: Tensor, c_kv: Tensor, k_rope: Tensor, at: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Latents to heads: q, k [B, H, T, Dh+R] and v [B, H, T, Dv]. One turned key serves all heads."""
         q_nope, q_rope = self.queries(c_q, at)
         with ops.recomputed(self.kv_a_layernorm, c_kv, enabled=self.recompute) as normed:
@@ -88,12 +91,14 @@ class MLA(nn.Module):
 
     def decode(self, x: Float[Tensor, "B T D"], at: Angles, cache: Cache) -> Float[Tensor, "B T D"]:
         """The absorbed form, for T new tokens behind those in the cache: equal to `forward`, never expanding a key."""
-        c_q, c_kv, k_rope = self.down(x)
+        c_q, c_kv, k_rope = self.compress(x)
         c_kv, k_rope = cache.append(self.layer, self.kv_a_layernorm(c_kv), rotate(k_rope[:, :, None], at)[:, :, 0])
         q_nope, q_rope = self.queries(c_q, at)
         w_uk, w_uv = self.up_weights(x.dtype)
         q_latent = einsum(q_nope, w_uk, "B T H Dh, H Dh C -> B T H C")
-        scores = einsum(q_latent, c_kv, "B T H C, B S C -> B H T S") + einsum(q_rope, k_rope, "B T H R, B S R -> B H T S")
+        scores = einsum(q_latent, c_kv, "B T H C, B S C -> B H T S") + einsum(
+            q_rope, k_rope, "B T H R, B S R -> B H T S"
+        )
         T, S = scores.shape[-2:]
         future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
         p = (scores.float() * self.cfg.softmax_scale).masked_fill_(future, -torch.inf).softmax(-1).to(x.dtype)

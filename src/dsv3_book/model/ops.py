@@ -171,8 +171,9 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of softmax(x · weightᵀ) against `targets`, in nats, without ever holding all N·V logits.
 
-    Rows go through in chunks (by default about a million logits at a time). Each chunk's gradients are taken on the spot, in
-    the forward pass, because afterwards its logits are gone; backward only scales them. Softmax and sums are fp32.
+    Rows go through in chunks (by default about a million logits at a time). Each chunk's gradients are taken on the
+    spot, in the forward pass, because afterwards its logits are gone; backward only scales them. Softmax and sums are
+    fp32.
     """
     chunk = chunk or max(1, 2**20 // weight.shape[0])
     if not torch.is_grad_enabled():
@@ -255,4 +256,3 @@ class recomputed:
             self.again = again if isinstance(again, tuple) else (again,)
         index, size, stride, offset = packed
         return torch.as_strided(self.again[index], size, stride, offset)
-

@@ -30,13 +30,15 @@ def frequencies(cfg: ModelConfig) -> Float[Tensor, " r"]:
 def yarn(freqs: Float[Tensor, " r"], theta: float, scaling: RopeScaling) -> Float[Tensor, " r"]:
     """Interpolates slow pairs by 1/factor, keeps fast pairs, and ramps linearly between (arXiv 2309.00071, §3.2).
 
-    A pair that turns more than `beta_fast` times within the original context knows near positions and is kept; one that turns
-    less than `beta_slow` times knows far positions and is stretched.
+    A pair that turns more than `beta_fast` times within the original context knows near positions and is kept; one that
+    turns less than `beta_slow` times knows far positions and is stretched.
     """
     R = 2 * len(freqs)
 
     def pair_that_turns(rotations: float) -> float:
-        return R * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            R * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        )
 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), R - 1)

@@ -26,8 +26,8 @@ def select(
 ) -> Int[Tensor, "N K"]:
     """The k experts of every token: best `scores + bias` among the experts of its `topk_group` best groups.
 
-    A group (a node) is worth the sum of its two best biased scores. Experts of the other groups are masked with −inf, not
-    0: a biased score may be negative, and would then lose against a masked one. The bias has no other use.
+    A group (a node) is worth the sum of its two best biased scores. Experts of the other groups are masked with −inf,
+    not 0: a biased score may be negative, and would then lose against a masked one. The bias has no other use.
     """
     biased = scores + bias
     if n_group > 1:

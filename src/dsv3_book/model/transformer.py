@@ -45,8 +45,8 @@ class Transformer(nn.Module):
     """DeepSeek-V3. `Transformer(cfg)(tokens)` gives the main model's logits, `losses(tokens)` what training needs.
 
     Parameters carry the released names without their leading "model."; the MTP module of depth j is layer L + j − 1.
-    They start as the report says (normal, `initializer_range`; norms at one) from `seed`, each from a generator of its own, so
-    a stage that holds a `part` of the model starts with the very numbers the whole would have there.
+    They start as the report says (normal, `initializer_range`; norms at one) from `seed`, each from a generator of its
+    own, so a stage that holds a `part` of the model starts with the very numbers the whole would have there.
 
     Args:
         cfg: the shape.
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
 
     def routers(self) -> list[tuple[str, Router]]:
         """(name, router) of every MoE block held here, MTP's last: the order of `Losses.load`."""
-        moe = [(n, b.mlp) for n, b in self.layers.items() if isinstance(b.mlp, MoE)]  # type: ignore[union-attr]
+        moe = [(n, b.mlp) for n, b in self.layers.items() if isinstance(b.mlp, MoE)]
         return [(f"layers.{name}.mlp.gate", mlp.gate) for name, mlp in moe]
 
     def set_recompute(self, enabled: bool) -> None:
@@ -136,8 +136,8 @@ class Transformer(nn.Module):
         T = tokens.shape[1] - 1 - self.cfg.num_nextn_predict_layers
         if T < 1:
             raise ValueError(
-                f"losses() got {tokens.shape[1]} tokens a row, but needs at least {2 + self.cfg.num_nextn_predict_layers}: "
-                "T inputs, one target and one more token per MTP depth"
+                f"losses() got {tokens.shape[1]} tokens a row, but needs at least "
+                f"{2 + self.cfg.num_nextn_predict_layers}: T inputs, one target and one more token per MTP depth"
             )
         x, routings = self.run_blocks(self.embed(tokens[:, :T]))
         return self.head_losses(x, tokens, routings)
@@ -191,8 +191,8 @@ class Embedding(nn.Module):
 def init_weights(model: nn.Module, seed: int) -> None:
     """Normal with `initializer_range`, norms at one, biases at zero (report §4.2).
 
-    Every matrix has a generator of its own, seeded by (seed, name), and every expert one of its own: who holds what doesn't
-    change the numbers.
+    Every matrix has a generator of its own, seeded by (seed, name), and every expert one of its own: who holds what
+    doesn't change the numbers.
     """
     std = model.cfg.initializer_range  # type: ignore[union-attr]
     for name, p in model.named_parameters():
