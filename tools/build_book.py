@@ -55,7 +55,7 @@ def cache_key(root: Path) -> str:
 def write_kernelspec(folder: Path) -> None:
     """A kernel named python3 that is this very Python; JUPYTER_PATH puts it before the user's own."""
     spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"],
         "display_name": "Python 3",
         "language": "python",
         "env": {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "default")},
@@ -70,6 +70,8 @@ def write_config(source: Path, out: Path, cache: Path) -> Path:
     """`_config.yml` with the cache's folder filled in."""
     config = yaml.safe_load((source / "_config.yml").read_text(encoding="utf-8"))
     config.setdefault("execute", {}).update(execute_notebooks="cache", cache=str(cache))
+    local = config.setdefault("sphinx", {}).get("local_extensions") or {}
+    config["sphinx"]["local_extensions"] = {name: str((source / path).resolve()) for name, path in local.items()}
     settings = config.setdefault("sphinx", {}).setdefault("config", {})
     settings["nb_execution_raise_on_error"] = True
     path = out / "config.yml"

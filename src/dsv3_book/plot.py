@@ -59,10 +59,10 @@ def figure(width: float = 7.2, height: float = 3.2, rows: int = 1, cols: int = 1
     from cycler import cycler
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}):
-        fig = Figure(figsize=(width, height), layout="constrained")
-        axes = fig.subplots(rows, cols, **options)
-    return fig, axes
+    # Set for good: matplotlib reads some of these only when a title, a legend or a tick is drawn, after we return.
+    matplotlib.rcParams.update({**_STYLE, "axes.prop_cycle": cycler(color=PALETTE)})
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(rows, cols, **options)
 
 
 @dataclass(frozen=True)

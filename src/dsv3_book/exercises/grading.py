@@ -141,7 +141,7 @@ def check(name: str, function: Solution) -> Result:
         your function raises is reported with the line of yours that raised it.
 
     Raises:
-        KeyError: there is no such exercise (the message lists those there are).
+        LookupError: there is no such exercise (the message lists those there are).
         TypeError: `function` can't be called.
     """
     subject = name.split(".")[0]
@@ -152,7 +152,7 @@ def check(name: str, function: Solution) -> Result:
         names = list(all_graders())
         near = difflib.get_close_matches(name, names, n=1)
         guess = f" Did you mean {near[0]!r}?" if near else ""
-        raise KeyError(f"no exercise is called {name!r}.{guess} There are: {', '.join(names) or 'none yet'}")
+        raise LookupError(f"no exercise is called {name!r}.{guess} There are: {', '.join(names) or 'none yet'}")
     if not callable(function):
         raise TypeError(f"check({name!r}, …) wants your function, got {type(function).__name__}: pass its name without ()")
     return _GRADERS[name](function)
