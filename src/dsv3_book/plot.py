@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# The colours of Okabe and Ito, told apart with every common kind of colour-blindness; all stand out on CARD.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#D98A00", "#00806A", "#C8501B", "#B0619A", "#4AA3DF"
-GREY, LIGHT, INK, CARD = "#7A7F87", "#D9DBDE", "#22262B", "#FBFAF7"
+# After Okabe and Ito: told apart with every common kind of colour-blindness (a test holds them to it), seen on CARD.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0A5CA8", "#DB9600", "#0F8F5F", "#BC4412", "#D081B5", "#5BB8EC"
+GREY, LIGHT, INK, CARD = "#5A5E64", "#D9DBDE", "#22262B", "#FBFAF7"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # colour is never the only difference
 

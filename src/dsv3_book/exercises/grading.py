@@ -133,7 +133,7 @@ def all_graders() -> dict[str, Grader]:
     return dict(sorted(_GRADERS.items()))
 
 
-def check(name: str, function: Solution) -> Result:
+def check(name: str, function: Any) -> Result:
     """Run `function` against the cases of the exercise `name`.
 
     Returns:
