@@ -66,9 +66,9 @@ def weight_files(directory: Path) -> list[Path]:
     if (index := directory / INDEX).is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [name for name in shards if Path(name).name != name]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is damaged ({error!r}): fetch or save the checkpoint again") from None
-        outside = [name for name in shards if Path(name).name != name]
         if outside:
             raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}")
         if missing := [name for name in shards if not (directory / name).is_file()]:

@@ -53,7 +53,7 @@ def draw_config(seed: int) -> ModelConfig:
         )
     return ModelConfig(
         vocab_size=r.randint(17, 70),
-        hidden_size=r.randint(9, 40),
+        hidden_size=r.randint(17, 40),
         intermediate_size=r.randint(8, 50),
         moe_intermediate_size=r.randint(3, 24),
         num_hidden_layers=layers,
