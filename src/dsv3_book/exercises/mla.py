@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3_book.exercises.grading import Case, Solution, grader
-from dsv3_book.exercises.rope import _random, tensor_judge
+from dsv3_book.exercises.rope import random_tensor, tensor_judge
 
 
 # Absorption ----------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def absorb() -> Iterator[Case]:
         ((1, 1, 2, 2, 2), "two heads, head and latent both of 2"),
         ((2, 3, 4, 5, 7), "a latent of another width"),
     ):
-        args = (_random(B, T, heads, d), _random(heads, d, c))
+        args = (random_tensor(B, T, heads, d), random_tensor(heads, d, c))
         answers = {
             "Each head has a matrix of its own; that uses the first head's for all.": _absorb_first_head()(*args),
             "The heads were summed; each keeps a query of its own, [B, T, H, C].": _absorb_summed()(*args),
@@ -176,7 +176,7 @@ def in_blocks() -> Iterator[Case]:
         (3, 4, 2, 11, 4, 2.0, "a last block that is short"),
         (2, 4, 2, 9, 4, 30.0, "scores of several hundred, whose exp overflows fp32"),
     ):
-        args = (size * _random(heads, c + r), _random(tokens, c + r) * size**0.5, c, 0.5, block)
+        args = (size * random_tensor(heads, c + r), random_tensor(tokens, c + r) * size**0.5, c, 0.5, block)
         answers = {
             "What was summed with a smaller maximum must shrink when a larger one turns up.": (
                 _blocks_without_shrinking()(*args)

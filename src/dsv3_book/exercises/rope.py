@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv3_book.exercises.grading import Case, Solution, close, grader
 
 
-def _random(*shape: int) -> Tensor:
+def random_tensor(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -93,7 +93,7 @@ def _rotate_halves() -> Solution:
     return rotate
 
 
-def _rotate_and_leave_apart() -> Solution:
+def _rotate_apart() -> Solution:
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y = _rotate(x, cos, sin)
         return torch.cat([y[..., 0::2], y[..., 1::2]], dim=-1)
@@ -119,7 +119,7 @@ def _rotate_backwards() -> Solution:
     reference=lambda: _rotate,
     wrong={
         "neighbours": _rotate_halves,
-        "places": _rotate_and_leave_apart,
+        "places": _rotate_apart,
         "position": _rotate_by_head,
         "sign": _rotate_backwards,
     },
@@ -128,17 +128,17 @@ def rotate() -> Iterator[Case]:
     """Every neighbouring pair of [B, T, H, R], by the angle of its position and pair."""
     # As many tokens as heads, so that angles laid along the wrong axis broadcast without an error.
     for shape, says in (((1, 2, 2, 4), "two tokens, two heads, two pairs"), ((2, 5, 3, 8), "larger")):
-        x = _random(*shape)
-        B, T, heads, R = shape
+        x = random_tensor(*shape)
+        _, T, heads, R = shape
         turned = torch.outer(torch.arange(T) + 1.0, 10 ** -torch.arange(0, 1, 2 / R))
         args = (x, turned.cos(), turned.sin())
         mistakes = {
             "That pairs number j with number j + R/2; here neighbours are pairs: 0 and 1, 2 and 3.": _rotate_halves(),
-            "The pairs are turned rightly but written apart: put them back into their places.": _rotate_and_leave_apart(),
+            "The pairs are turned rightly but written apart: put them back into their places.": _rotate_apart(),
             "That turns the other way: look at the sign of the sines.": _rotate_backwards(),
         }
-        if T == heads:
-            mistakes["The angle depends on the position, axis 1 of x; that lays it along the heads."] = (
+        if heads == T:
+            mistakes["The angle belongs to the position, axis 1 of x; that lays it along the heads."] = (
                 _rotate_by_head()
             )
         answers = {text: wrong(*args) for text, wrong in mistakes.items()}
@@ -179,7 +179,7 @@ def _halves_last_head() -> Solution:
 def to_halves() -> Iterator[Case]:
     """Rows of a projection, reordered so that code which pairs halves gives the same scores."""
     for (heads, content, R), says in (((2, 2, 6), "two heads of 2 + 6"), ((1, 4, 8), "one shared key behind a latent")):
-        weight = _random(heads * (content + R), 3)
+        weight = random_tensor(heads * (content + R), 3)
         args = (weight, heads, content, R)
         mistakes = {
             "The content rows moved too: only the last R rows of a head are turned.": _halves_everything(),
@@ -190,7 +190,5 @@ def to_halves() -> Iterator[Case]:
         if heads > 1:
             mistakes["Only the last head changed; every head has R rows of its own."] = _halves_last_head()
         answers = {text: wrong(*args) for text, wrong in mistakes.items()}
-        hint = (
-            "Look at the weight as [heads, content + R, inputs]; in each head, keep the content and reorder the rest."
-        )
+        hint = "Look at the weight as [heads, content + R, inputs]; in each head, keep the content, reorder the rest."
         yield Case(args, tensor_judge(_to_halves(*args), answers), says=says, hint=hint)
