@@ -1,4 +1,4 @@
-"""The checker that `conftest.py` puts around the package's functions: beartype, with an int where a float is asked for."""
+"""The checker that `conftest.py` puts around the package's functions: beartype, with ints allowed for floats."""
 
 from beartype import BeartypeConf, beartype
 

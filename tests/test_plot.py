@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+
 from dsv3_book import plot
 
 ALT = "Line chart: cache over context, a straight line from nought to two gigabytes."

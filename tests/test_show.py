@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from dsv3_book import plot
 from dsv3_book.show import ROOT, Source, progress, show, table
 

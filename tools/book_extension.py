@@ -10,9 +10,13 @@ import notebooks
 
 
 def local_mathjax(app: Any, config: Any) -> None:
-    """Serve MathJax from the book itself, if the package that carries it is installed (else Sphinx's default, a CDN)."""
+    """Serve MathJax from the book itself, if the package that carries it is installed (else from a CDN)."""
     spec = importlib.util.find_spec("mathjax")
-    folder = Path(spec.submodule_search_locations[0]) / "static" / "mathjax" / "es5" if spec and spec.submodule_search_locations else None
+    folder = (
+        Path(spec.submodule_search_locations[0]) / "static" / "mathjax" / "es5"
+        if spec and spec.submodule_search_locations
+        else None
+    )
     if folder and (folder / "tex-mml-chtml.js").exists():
         config.mathjax_path = "mathjax/tex-mml-chtml.js"
         app.dsv3_mathjax = folder

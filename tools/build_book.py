@@ -2,11 +2,11 @@
 
 What "strictly" means, and how it is reached:
 
-* A cell that fails fails the build, the second time as well as the first. Outputs of failed pages never enter the cache, and
-  every build renders every page afresh, so no earlier build's verdict is remembered.
+* A cell that fails fails the build, the second time as the first. Outputs of failed pages never enter the cache,
+  and every build renders every page afresh, so no earlier build's verdict is remembered.
 * Every Sphinx warning is an error (all of them are listed first).
-* No page shows output of code that is no longer there. Executed cells are cached in a folder that is named after a hash of
-  everything they depend on besides themselves (`INPUTS`): touch `src/` and every page runs again.
+* No page shows output of code that is no longer there. Executed cells are cached in a folder that is named after a hash
+  of everything they depend on besides themselves (`INPUTS`): touch `src/` and every page runs again.
 * Cells run under the Python that runs this file, whatever kernels the user has registered.
 """
 
@@ -80,7 +80,7 @@ def write_config(source: Path, out: Path, cache: Path) -> Path:
 
 
 def build(source: Path, out: Path) -> int:
-    """Build the book at `source` into `out`/html. Returns the exit status: 0 only if every cell and every page is fine."""
+    """Build the book at `source` into `out`/html. Returns 0 only if every cell and every page is fine."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     caches, key = out / ".jupyter_cache", cache_key(source)
@@ -99,7 +99,10 @@ def build(source: Path, out: Path) -> int:
     env.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 8)))
     env.setdefault("PYTHONHASHSEED", "0")  # sets print in the same order every time
     env["MPLBACKEND"] = "agg"
-    print(f"{'Reusing' if reused else 'Starting'} the cache of executed cells {key} (of src/ and the pinned packages)", flush=True)
+    print(
+        f"{'Reusing' if reused else 'Starting'} the cache of executed cells {key} (of src/ and the pinned packages)",
+        flush=True,
+    )
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     # fmt: off
     command += ["build", str(source), "--path-output", str(out.parent), "--config", str(config),
@@ -120,7 +123,9 @@ def build(source: Path, out: Path) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", type=Path, default=Path(__file__).resolve().parent.parent, help="where _config.yml is")
+    parser.add_argument(
+        "--source", type=Path, default=Path(__file__).resolve().parent.parent, help="where _config.yml is"
+    )
     parser.add_argument("--out", type=Path, help="build folder, named _build (default: SOURCE/_build)")
     arguments = parser.parse_args()
     root = arguments.source.resolve()

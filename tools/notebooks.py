@@ -1,7 +1,8 @@
 """Write the chapters as `.ipynb` files: `python tools/notebooks.py [--out DIR]`, as `make notebooks` does.
 
-The files are what VS Code, Colab and JupyterLab open with nothing of ours installed but the package: MyST directives become
-plain Markdown, code is shown, exercises are open stubs, solutions are folded. The download button of a page gives the same file.
+The files are what VS Code, Colab and JupyterLab open with nothing of ours installed but the package: MyST directives
+become plain Markdown, code is shown, exercises are open stubs, solutions are folded. A page's download button gives the
+same file.
 """
 
 import argparse
@@ -59,7 +60,9 @@ def short_citations(root: Path) -> dict[str, str]:
         year = re.search(r"year\s*=\s*\{?(\d+)", body)
         names = author.group(1).split(" and ") if author else [key]
         last = names[0].split(",")[0] if "," in names[0] or "{" in author.group(0)[:12] else names[0].split()[-1]  # type: ignore[union-attr]
-        short[key.strip()] = f"{last.strip('{}')}{' et al.' if len(names) > 1 else ''}, {year.group(1) if year else 'n.d.'}"
+        short[key.strip()] = (
+            f"{last.strip('{}')}{' et al.' if len(names) > 1 else ''}, {year.group(1) if year else 'n.d.'}"
+        )
     return short
 
 
@@ -77,7 +80,11 @@ class Plain:
             name = re.sub(r"\s*<[^>]*>$", "", body)
             if role.startswith("cite"):
                 cited = [self.citations.get(key.strip(), key.strip()) for key in body.split(",")]
-                return f"({'; '.join(cited)})" if role == "cite:p" else "; ".join(re.sub(r", (\w+)$", r" (\1)", c) for c in cited)
+                return (
+                    f"({'; '.join(cited)})"
+                    if role == "cite:p"
+                    else "; ".join(re.sub(r", (\w+)$", r" (\1)", c) for c in cited)
+                )
             if role == "eq":
                 return f"({self.numbers.get(body, body)})"
             if role.startswith("glue"):
@@ -125,7 +132,7 @@ class Plain:
 
 
 def glued(page: Path, root: Path, build: Path) -> dict[str, str]:
-    """Numbers that the page's cells computed for its prose, from the last build's run of it (none if there was none)."""
+    """Numbers that the page's cells computed for its prose, from the last build's run of it."""
     executed = build / "jupyter_execute" / page.relative_to(root).with_suffix(".glue.json")
     if not executed.exists():
         return {}

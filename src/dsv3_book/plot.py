@@ -1,7 +1,7 @@
 """One look for every figure: a palette that survives colour-blindness, a card that is legible in light and dark themes.
 
-A figure is made by :func:`figure`, drawn with matplotlib's own methods, and handed back by :func:`finish`, which asks for
-what a reader who can't see it needs: a text that says what it shows. matplotlib is imported when a figure is made.
+A figure is made by :func:`figure`, drawn with matplotlib's own methods, and handed back by :func:`finish`, which asks
+for what a reader who can't see it needs: a text that says what it shows. matplotlib is imported when a figure is made.
 """
 
 import base64
@@ -17,7 +17,7 @@ GREY, LIGHT, INK, CARD = "#5A5E64", "#D9DBDE", "#22262B", "#FBFAF7"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # colour is never the only difference
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.facecolor": CARD,
     "axes.facecolor": CARD,
     "savefig.facecolor": CARD,
@@ -104,7 +104,9 @@ def finish(fig: Any, *, alt: str, caption: str = "", name: str = "") -> Picture:
     """
     alt = " ".join(alt.split())
     if len(alt) < 20:
-        raise ValueError(f"alt={alt!r} is too short to tell what the figure shows: name the chart, its axes, what they show")
+        raise ValueError(
+            f"alt={alt!r} is too short to tell what the figure shows: name the chart, its axes, what they show"
+        )
     for number, ax in enumerate(fig.axes):
         _check_axis(ax, number)
     buffer = io.BytesIO()
@@ -118,7 +120,9 @@ def _check_axis(ax: Any, number: int) -> None:
     for which, axis in (("x", ax.xaxis), ("y", ax.yaxis)):
         ticks = axis.get_visible() and any(label.get_visible() and label.get_text() for label in axis.get_ticklabels())
         if ticks and not axis.get_label_text():
-            raise ValueError(f"axes {number} shows ticks on {which} but no label: set_{which}label('what it is (unit)')")
+            raise ValueError(
+                f"axes {number} shows ticks on {which} but no label: set_{which}label('what it is (unit)')"
+            )
 
 
 def _inline(text: str) -> str:
@@ -146,9 +150,18 @@ def box(ax: Any, x: float, y: float, w: float, h: float, text: str, color: str =
             fontsize=8.5, fontweight="bold" if filled else "normal")  # fmt: skip
 
 
-def arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], color: str = GREY, dashed: bool = False) -> None:
+def arrow(
+    ax: Any, start: tuple[float, float], end: tuple[float, float], color: str = GREY, dashed: bool = False
+) -> None:
     """An arrow from `start` to `end`, between boxes."""
-    style = {"arrowstyle": "-|>", "color": color, "lw": 1.2, "ls": (0, (3, 2)) if dashed else "-", "shrinkA": 0, "shrinkB": 0}
+    style = {
+        "arrowstyle": "-|>",
+        "color": color,
+        "lw": 1.2,
+        "ls": (0, (3, 2)) if dashed else "-",
+        "shrinkA": 0,
+        "shrinkB": 0,
+    }
     ax.annotate("", xy=end, xytext=start, arrowprops=style, zorder=2)
 
 
@@ -195,14 +208,26 @@ def machine(highlight: str | Sequence[str] = ()) -> Picture:
     fig, ax = canvas(7.5, 3.9, scale=0.96)
     from matplotlib.patches import FancyBboxPatch
 
-    frame = {"boxstyle": "round,pad=0,rounding_size=0.1", "fc": "none", "ec": GREY, "ls": (0, (4, 3)), "lw": 1.0}
+    frame: dict[str, Any] = {
+        "boxstyle": "round,pad=0,rounding_size=0.1",
+        "fc": "none",
+        "ec": GREY,
+        "ls": (0, (4, 3)),
+        "lw": 1.0,
+    }
     ax.add_patch(FancyBboxPatch((2.87, 2.6), 3.31, 0.86, **frame))
     ax.text(4.52, 3.58, "a block, 61 times", ha="center", va="center", fontsize=8.5, color=INK)
     ax.text(0.15, 0.88, "how it is trained", fontsize=8.5, color=INK)
     ax.text(0.15, 1.98, "how it is used", fontsize=8.5, color=INK)
     ax.text(0.15, 3.58, "the model", fontsize=8.5, color=INK)
     middle = 3.025
-    for left, right in (("data", "embedding"), ("embedding", "mla"), ("mla", "router"), ("router", "experts"), ("experts", "head")):
+    for left, right in (
+        ("data", "embedding"),
+        ("embedding", "mla"),
+        ("mla", "router"),
+        ("router", "experts"),
+        ("experts", "head"),
+    ):
         x, _, w, _, _ = PARTS[left]
         arrow(ax, (x + w, middle), (PARTS[right][0], middle))
     arrow(ax, (4.45, 2.75), (4.45, 2.3), dashed=True)  # loads down
@@ -215,8 +240,9 @@ def machine(highlight: str | Sequence[str] = ()) -> Picture:
     here = ", ".join(PARTS[key][4].replace("\n", " ") for key in lit)
     alt = (
         "Map of the training system. Top row, left to right: text to tokens, embedding, a block repeated 61 times "
-        "(attention, router, experts), head and loss; the balance loop hangs below the router, MTP below the head, whose weights it shares. "
-        "Below: how it is used (long context, serving) and how it is trained (FP8, data parallel, experts across nodes, "
-        f"pipeline, optimiser). {f'Highlighted: {here}.' if here else 'Nothing is highlighted.'}"
+        "(attention, router, experts), head and loss; the balance loop hangs below the router, MTP below the head that "
+        "it shares. "
+        "Below: how it is used (long context, serving) and how it is trained (FP8, data parallel, experts across "
+        f"nodes, pipeline, optimiser). {f'Highlighted: {here}.' if here else 'Nothing is highlighted.'}"
     )
     return finish(fig, alt=alt, caption="*Where we are in the machine.*")

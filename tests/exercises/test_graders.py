@@ -1,6 +1,7 @@
 """Every grader passes its reference, and answers each of its typical mistakes with the word that belongs to it."""
 
 import pytest
+
 from dsv3_book.exercises import all_graders, check
 
 GRADERS = all_graders()

@@ -1,6 +1,7 @@
 """What `check` answers: right, wrong, unfinished, raised, and asked for something that isn't there."""
 
 import pytest
+
 from dsv3_book.exercises import grading
 from dsv3_book.exercises.grading import Case, check, close, grader, same
 
@@ -57,7 +58,9 @@ def test_an_error_shows_the_readers_line_only(double):
 
 
 def test_unknown_and_uncallable(double):
-    with pytest.raises(LookupError, match=r"'sample.duoble'. Did you mean 'sample.double'\? There are: .*sample.double"):
+    with pytest.raises(
+        LookupError, match=r"'sample.duoble'. Did you mean 'sample.double'\? There are: .*sample.double"
+    ):
         check("sample.duoble", len)
     with pytest.raises(TypeError, match="pass its name without"):
         check("sample.double", 3)
@@ -65,7 +68,7 @@ def test_unknown_and_uncallable(double):
 
 def test_registry_asks_for_what_it_needs(double):
     with pytest.raises(ValueError, match="two graders"):
-        grader("sample.double", minutes=1, reference=lambda: len, wrong={"a": lambda: len})(lambda: [])
+        grader("sample.double", minutes=1, reference=lambda: len, wrong={"a": lambda: len})(list)
     with pytest.raises(ValueError, match="no wrong answer"):
         grader("sample.x", minutes=1, reference=lambda: len, wrong={})
     with pytest.raises(ValueError, match="easy, medium or hard"):

@@ -1,7 +1,7 @@
 """The machinery of the graders: a registry, cases, and an answer that helps.
 
-A grader is a function without arguments that yields :class:`Case` objects. It carries a `reference` solution (usually the
-package's own function) and `wrong` answers that people really give, each with a word that the hint must contain; one
+A grader is a function without arguments that yields :class:`Case` objects. It carries a `reference` (usually
+the package's own function) and `wrong` answers that people really give, each with a word that the hint must contain; one
 parametrised test (``tests/exercises/test_graders.py``) holds every grader to them.
 """
 
@@ -107,7 +107,7 @@ def grader(
     Args:
         name: ``subject.what``; the subject is the file in ``exercises/``.
         minutes: about how long it takes a reader.
-        reference: returns the solution (a function of no arguments, so that nothing heavy is imported before it is needed).
+        reference: returns the solution (a function of no arguments, so that nothing heavy is imported early).
         wrong: a word that the answer must contain -> a function that returns a typical wrong solution. At least one.
         level: easy, medium or hard.
     """
@@ -137,8 +137,8 @@ def check(name: str, function: Any) -> Result:
     """Run `function` against the cases of the exercise `name`.
 
     Returns:
-        A :class:`Result`: true if all cases pass; in a notebook it shows the first failing case and a hint. An error that
-        your function raises is reported with the line of yours that raised it.
+        A :class:`Result`: true if all cases pass; in a notebook it shows the first failing case and a hint. An
+        error that your function raises is reported with the line of yours that raised it.
 
     Raises:
         LookupError: there is no such exercise (the message lists those there are).
@@ -154,7 +154,9 @@ def check(name: str, function: Any) -> Result:
         guess = f" Did you mean {near[0]!r}?" if near else ""
         raise LookupError(f"no exercise is called {name!r}.{guess} There are: {', '.join(names) or 'none yet'}")
     if not callable(function):
-        raise TypeError(f"check({name!r}, …) wants your function, got {type(function).__name__}: pass its name without ()")
+        raise TypeError(
+            f"check({name!r}, …) wants your function, got {type(function).__name__}: pass its name without ()"
+        )
     return _GRADERS[name](function)
 
 
@@ -213,7 +215,7 @@ def same(expected: Any) -> Callable[[Any], str | None]:
 
 
 def close(expected: Any, rtol: float = 1e-5, atol: float = 1e-6) -> Callable[[Any], str | None]:
-    """A judge: the answer must have the shape of `expected` and be close to it; says where the largest difference is."""
+    """A judge: the answer must have the shape of `expected` and be close to it; names the largest difference."""
 
     def judge(answer: Any) -> str | None:
         import torch
