@@ -1,0 +1,55 @@
+"""costs against the model itself: the two count in different ways, by formula and by walking real tensors."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsv3_book import costs
+from dsv3_book.config import PRESETS, ModelConfig
+from dsv3_book.model import Transformer
+
+# Part of `main_params` -> what the names of its parameters contain; the first that fits decides.
+MARKS = {
+    "embedding": "embed_tokens",
+    "head": "lm_head",
+    "attention": "self_attn",
+    "router": "mlp.gate.",
+    "routed_experts": "mlp.experts",
+    "shared_experts": "shared_experts",
+    "dense_ffn": "mlp.",
+    "norms": "layernorm",
+    "final_norm": "norm.",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_built_model_has_the_weights_that_costs_predicts(name):
+    cfg = ModelConfig.preset(name)
+    model = Transformer(cfg, device="meta")
+    parts: dict[str, int] = {}
+    for weight, p in model.named_parameters():
+        is_mtp = weight.startswith("layers.") and int(weight.split(".")[1]) >= cfg.num_hidden_layers
+        part = "mtp" if is_mtp else next(part for part, mark in MARKS.items() if mark in weight)
+        parts[part] = parts.get(part, 0) + p.numel()
+    predicted = costs.count(cfg)
+    assert parts.pop("mtp", 0) == predicted.mtp
+    assert parts == costs.main_params(cfg)
+    assert sum(b.numel() for b in model.buffers()) == predicted.main_biases + predicted.mtp_biases
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"n_shared_experts": 2, "num_nextn_predict_layers": 2}])
+def test_training_flops_are_what_the_flop_counter_sees(changes):
+    cfg, T = ModelConfig.preset("tiny").replace(**changes), 16
+    model = Transformer(cfg)
+    tokens = torch.randint(cfg.vocab_size, (2, T + 1 + cfg.num_nextn_predict_layers))
+    # the plain implementation of attention, which multiplies the whole square of scores
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sum(model.losses(tokens)[:3]).backward()
+    assert counter.get_total_flops() == 2 * T * costs.training_flops(cfg, T, causal=False)
+
+
+def test_counting_every_expert_as_activated_gives_an_impossible_utilisation():
+    v3 = ModelConfig.preset("v3-671b")
+    all_experts = 6 * costs.count(v3).main * costs.tokens_per_second_per_gpu() / costs.PEAK_FLOPS["bf16"]
+    assert all_experts > 6 > 1 > costs.implied_mfu(v3)
