@@ -75,6 +75,8 @@ def test_marks_with_line_ends_are_split_at_the_rate_and_nothing_else_is():
     left = sum(index in splitter.pieces for index in part)
     assert 0.25 < 1 - left / found < 0.35 and TOKENIZER.decode(part) == TEXTS[0]
     assert part == splitter(ids, 0.3, 1) != splitter(ids, 0.3, 2)
+    rows = Augmenter(TOKENIZER, newline_split_rate=1.0).encode_batch(DOCUMENTS)
+    assert not {index for ids in rows for index in ids} & set(splitter.pieces)
 
 
 def test_the_code_style_splits_too():

@@ -45,7 +45,7 @@ def test_every_format_and_kind_of_source(tmp_path):
     (tmp_path / "b.md").write_bytes("# märkdown\r\n".encode())
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.py").write_text("code = 1")
-    (tmp_path / "d.jsonl").write_text('{"text": "one \\u2028 line", "id": 1}\n\n{"text": "two"}\n')
+    (tmp_path / "d.jsonl").write_text('{"text": "one \u2028 line", "id": 1}\n\n{"text": "two"}\n', encoding="utf-8")
     parquet.write_table(arrow.table({"text": ["row 0", "row 1"], "x": [1, 2]}), tmp_path / "e.parquet")
     (tmp_path / "ignored.bin").write_bytes(b"\xff")
     (tmp_path / ".hidden.txt").write_text("hidden")

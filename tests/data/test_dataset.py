@@ -1,7 +1,9 @@
 """`prepare`: the same data every time, from cache or not, in one process or several; honest bytes under the loss."""
 
+import contextlib
 import lzma
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from dsv3_book.data import Dataset, PackedTokens, Tokenizer, dataset, prepare
+from dsv3_book.data import cache as cache_module
 from dsv3_book.data.corpus import stdlib_files
 
 
@@ -140,8 +143,9 @@ def test_processes_share_one_build(ready, folder, tmp_path):
     assert sorted(built for _, built in results) == [0, 2]
 
 
-@pytest.mark.parametrize(("B", "T", "extra"), [(4, 64, 0), (3, 100, 1), (1, 7, 2), (2, 10**6, 1)])
+@pytest.mark.parametrize(("B", "T", "extra"), [(4, 64, 0), (3, 100, 1), (1, 7, 2), (2, 10**6, 1), (2, "all", 1)])
 def test_evaluation_predicts_every_token_but_the_first_once(ready, B, T, extra):
+    T = len(ready.val) if T == "all" else T  # the last window then ends exactly one token too late
     seen, size, predicted = [], 0, 0
     for batch in ready.evaluation(B, T, extra):
         t = batch.tokens.shape[1] - 1 - extra
@@ -197,3 +201,29 @@ def test_a_corpus_shorter_than_a_window_is_said(tmp_path):
     with pytest.raises(ValueError, match="but one training sequence needs 258: give more text"):
         data.train.sequences(0, 1, 258, 256)
     assert sum(batch.bytes for batch in data.evaluation(1, 256)) == data.val_bytes
+
+
+def test_without_working_locks_every_process_still_gets_whole_data(ready, folder, tmp_path, monkeypatch):
+    """Another process builds the same thing in the middle of our build, as on a disk whose locks don't work."""
+    monkeypatch.setattr(cache_module, "FileLock", lambda path: contextlib.nullcontext())
+    encode, others = dataset.Augmenter.encode_batch, []
+
+    def interrupted(self, documents):
+        if not others:
+            others.append(None)
+            others[0] = prepared(folder, tmp_path)
+        return encode(self, documents)
+
+    monkeypatch.setattr(dataset.Augmenter, "encode_batch", interrupted)
+    assert same(prepared(folder, tmp_path), ready) and same(others[0], ready)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_killed_build_left_is_swept_up_after_a_day(ready, folder, cache):
+    old, young = (cache / f".tokens-{ready.fingerprint}-{name}" for name in ("old", "young"))
+    for path in (old, young):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    prepared(folder, cache)
+    assert not old.exists() and young.exists()
+    young.rmdir()

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from filelock import FileLock  # torch brings it
 
 T = TypeVar("T")
 ENVIRONMENT = "DSV3_BOOK_CACHE"
+DAY = 24 * 60 * 60
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -48,8 +50,9 @@ def cached(
     """
     place = folder / name
     with FileLock(folder / f"{name}.lock"):
-        for leftover in folder.glob(f".{name}-*"):  # of a killed build: we hold the lock, nobody works in it
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in folder.glob(f".{name}-*"):  # of a build that was killed
+            if time.time() - leftover.stat().st_mtime > DAY:  # younger: perhaps still at work, where locks don't work
+                shutil.rmtree(leftover, ignore_errors=True)
         try:
             return load(place)
         except (ValueError, OSError):
@@ -57,11 +60,14 @@ def cached(
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
         try:
             build(work)
-            shutil.rmtree(place, ignore_errors=True)
             try:
                 os.rename(work, place)
-            except OSError:
-                load(place)  # somebody without our lock was first: theirs must be good, or this raises
+            except OSError:  # something lies there: what was damaged, or what somebody without our lock has just made
+                try:
+                    return load(place)
+                except (ValueError, OSError):
+                    shutil.rmtree(place, ignore_errors=True)
+                    os.rename(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return load(place)
