@@ -136,6 +136,7 @@ def _prepare_in_process(folder: Path, cache: Path) -> tuple[str, int]:
     return prepared(folder, cache).fingerprint, len(built)
 
 
+@pytest.mark.distributed
 def test_processes_share_one_build(ready, folder, tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         results = pool.starmap(_prepare_in_process, [(folder, tmp_path)] * 2, chunksize=1)
