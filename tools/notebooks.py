@@ -6,6 +6,7 @@ same file.
 """
 
 import argparse
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -137,7 +138,8 @@ def glued(page: Path, root: Path, build: Path) -> dict[str, str]:
     if not executed.exists():
         return {}
     data = json.loads(executed.read_text(encoding="utf-8"))
-    return {name: output["data"].get("text/plain", "") for name, output in data.items()}
+    # `show.glue` writes each as a quoted string
+    return {name: str(ast.literal_eval(output["data"].get("text/plain", "''"))) for name, output in data.items()}
 
 
 def convert(page: Path, root: Path = ROOT, build: Path | None = None) -> nbformat.NotebookNode:

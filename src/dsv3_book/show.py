@@ -166,7 +166,8 @@ def glue(name: str, value: Any, spec: str = "") -> None:
     text = format(value, spec)
     prefix = "application/papermill.record/"
     # The metadata is the one that myst-nb's own glue writes; using it directly keeps notebooks free of myst-nb.
-    data = {f"{prefix}text/plain": text, "text/plain": f"{name} = {text}"}
+    # Quoted, because myst-nb reads the text as a Python literal: 70,272 would become a pair of numbers.
+    data = {f"{prefix}text/plain": repr(text), "text/plain": f"{name} = {text}"}
     display(data, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}})
 
 
