@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dsv3_book import plot
-from dsv3_book.show import ROOT, Source, progress, show, table
+from dsv3_book.show import ROOT, Source, progress, recorded, show, table
 
 
 def test_shows_a_functions_own_lines():
@@ -55,3 +55,15 @@ def test_table():
 def test_progress_passes_items_through():
     assert list(progress(range(3), "x")) == [0, 1, 2]
     assert list(progress(iter("ab"), "x")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_recorded_result_says_where_it_comes_from_and_stays_small(path):
+    about = recorded(path.stem)["about"]
+    assert {"date", "command", "commit", "machine"} <= about.keys()
+    assert path.stat().st_size < 300_000
+
+
+def test_an_unknown_result_is_named_with_those_there_are():
+    with pytest.raises(FileNotFoundError, match=r"'nothing': there are .*mtp"):
+        recorded("nothing")

@@ -6,6 +6,7 @@ highlight it in their own light or dark theme. No torch, no matplotlib.
 
 import ast
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,9 +118,9 @@ def _docstrings(tree: ast.AST) -> Iterator[tuple[int, int]]:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef | ast.Module) or not body:
             continue
         first = body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            if len(body) > 1:
-                yield first.lineno, first.end_lineno or first.lineno
+        text = first.value if isinstance(first, ast.Expr) else None
+        if isinstance(text, ast.Constant) and isinstance(text.value, str) and len(body) > 1:
+            yield first.lineno, first.end_lineno or first.lineno
 
 
 def _ranges(keep: list[bool], start: int, split: bool) -> tuple[tuple[int, int], ...]:
@@ -198,7 +199,24 @@ class Table:
         lines = [self.header, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
         pad = {"l": str.ljust, "r": str.rjust}
-        return "\n".join("  ".join(pad[a](c, w) for c, w, a in zip(line, widths, self.align, strict=True)) for line in lines)
+        return "\n".join(
+            "  ".join(pad[a](c, w) for c, w, a in zip(line, widths, self.align, strict=True)) for line in lines
+        )
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """The recorded result of a long experiment, from ``results/`` in the package.
+
+    Every one has ``about``: the date, command, commit and machine it was measured with.
+
+    Raises:
+        FileNotFoundError: no such result (the message lists those there are).
+    """
+    path = ROOT / "results" / f"{name}.json"
+    if not path.is_file():
+        have = ", ".join(sorted(file.stem for file in (ROOT / "results").glob("*.json"))) or "none yet"
+        raise FileNotFoundError(f"no recorded result is called {name!r}: there are {have}")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
