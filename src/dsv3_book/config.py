@@ -252,7 +252,13 @@ def _rope_scaling(raw: Mapping[str, Any], kind: str, config: Mapping[str, Any]) 
 
 
 def _check_type(name: str, value: Any, annotation: str) -> None:
-    kinds = {"int": int, "float": (int, float), "bool": bool, "RopeScaling": RopeScaling, "None": type(None)}
+    kinds: dict[str, Any] = {
+        "int": int,
+        "float": (int, float),
+        "bool": bool,
+        "RopeScaling": RopeScaling,
+        "None": type(None),
+    }
     allowed = annotation.split(" | ")
     # bool is an int to Python, but "hidden_size": true is a mistake
     if isinstance(value, bool) is not (annotation == "bool") or not any(isinstance(value, kinds[a]) for a in allowed):
@@ -277,64 +283,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+# fmt: off
 PRESETS = {
     "tiny": ModelConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=160,
-        moe_intermediate_size=32,
-        num_hidden_layers=4,
-        num_nextn_predict_layers=1,
-        num_attention_heads=4,
-        n_routed_experts=8,
-        kv_lora_rank=32,
-        q_lora_rank=48,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        qk_nope_head_dim=16,
-        n_group=4,
-        topk_group=2,
-        num_experts_per_tok=3,
-        first_k_dense_replace=1,
-        max_position_embeddings=256,
-        initializer_range=0.02,
+        vocab_size=512, hidden_size=64, intermediate_size=160, moe_intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=4, n_routed_experts=8, kv_lora_rank=32, q_lora_rank=48, qk_rope_head_dim=8, v_head_dim=16,
+        qk_nope_head_dim=16, n_group=4, topk_group=2, num_experts_per_tok=3, first_k_dense_replace=1,
+        max_position_embeddings=256, initializer_range=0.02,
     ),
     "laptop": ModelConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=1024,
-        moe_intermediate_size=128,
-        num_hidden_layers=4,
-        num_nextn_predict_layers=1,
-        num_attention_heads=8,
-        n_routed_experts=16,
-        kv_lora_rank=64,
-        q_lora_rank=128,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        qk_nope_head_dim=32,
-        n_group=4,
-        topk_group=2,
-        num_experts_per_tok=4,
-        first_k_dense_replace=1,
-        max_position_embeddings=1024,
-        initializer_range=0.02,
+        vocab_size=4096, hidden_size=256, intermediate_size=1024, moe_intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=8, n_routed_experts=16, kv_lora_rank=64, q_lora_rank=128, qk_rope_head_dim=16,
+        v_head_dim=32, qk_nope_head_dim=32, n_group=4, topk_group=2, num_experts_per_tok=4, first_k_dense_replace=1,
+        max_position_embeddings=1024, initializer_range=0.02,
     ),
     "v3-16b": ModelConfig(
-        vocab_size=102400,
-        hidden_size=2048,
-        intermediate_size=10944,
-        moe_intermediate_size=1408,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        n_shared_experts=2,
-        n_routed_experts=64,
-        q_lora_rank=None,
-        n_group=1,
-        topk_group=1,
-        num_experts_per_tok=6,
-        first_k_dense_replace=1,
-        max_position_embeddings=4096,
+        vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
+        num_attention_heads=16, n_shared_experts=2, n_routed_experts=64, q_lora_rank=None, n_group=1, topk_group=1,
+        num_experts_per_tok=6, first_k_dense_replace=1,
     ),
     # As released, with YaRN's phase two in place; from scratch one trains it with `rope_scaling=None` at length 4096.
     "v3-671b": ModelConfig(
@@ -342,3 +308,4 @@ PRESETS = {
         rope_scaling=RopeScaling(factor=40.0, original_max_position_embeddings=4096),
     ),
 }
+# fmt: on
