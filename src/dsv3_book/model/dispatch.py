@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -96,7 +97,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)
-        return x[source]
+        return x.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -113,12 +114,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (source,) = ctx.saved_tensors
-        return grads[0][source], None, None
+        return grads[0].index_select(0, source), None, None
 
 
 def _sum_slots(y: Tensor, back: Tensor) -> Tensor:
-    """[S, D] → [N, D]: every token's K rows, summed in a fixed order, so the result is the same every time."""
-    total = y[back[:, 0]]
-    for k in range(1, back.shape[1]):
-        total += y[back[:, k]]
-    return total
+    """[S, D] → [N, D]: every token's K rows summed, always in the same order, so the result is the same every time."""
+    return F.embedding_bag(back, y, mode="sum")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dsv3_book.config import ModelConfig
 from dsv3_book.model import ops
 from dsv3_book.model.dispatch import Arrived, Dispatch
+from dsv3_book.model.grouped import grouped_swiglu
 from dsv3_book.model.router import Router
 
 
@@ -24,10 +25,7 @@ class Experts(nn.Module):
 
     def forward(self, arrived: Arrived) -> Float[Tensor, "S D"]:
         """Every slot through its expert, times its gate. Rows are sorted by expert; none is dropped."""
-        x, gates, counts = arrived
-        gate = ops.grouped_linear(x, self.gate_proj, counts)
-        up = ops.grouped_linear(x, self.up_proj, counts)
-        return ops.grouped_linear(ops.gated_swiglu(gate, up, gates), self.down_proj, counts)
+        return grouped_swiglu(*arrived, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

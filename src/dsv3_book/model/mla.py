@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3_book.config import ModelConfig
 from dsv3_book.model import ops
+from dsv3_book.model.attention import causal_attention
 from dsv3_book.model.rope import Angles, rotate
 
 
@@ -85,9 +85,10 @@ class MLA(nn.Module):
             kv = self.kv_b_proj(normed)
         kv = rearrange(kv, "B T (H d) -> B T H d", H=self.cfg.num_attention_heads)
         k_nope, v = kv.split([self.cfg.qk_nope_head_dim, self.cfg.v_head_dim], dim=-1)
-        k_rope = rotate(k_rope[:, :, None], at).expand(-1, -1, k_nope.shape[2], -1)
-        q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        k_rope = rotate(k_rope[:, :, None], at).expand_as(q_rope)
+        q = torch.cat([q_nope.transpose(1, 2), q_rope.transpose(1, 2)], dim=-1)
+        k = torch.cat([k_nope.transpose(1, 2), k_rope.transpose(1, 2)], dim=-1)
+        return q, k, v.transpose(1, 2).contiguous()
 
     def decode(self, x: Float[Tensor, "B T D"], at: Angles, cache: Cache) -> Float[Tensor, "B T D"]:
         """The absorbed form, for T new tokens behind those in the cache: equal to `forward`, never expanding a key."""
@@ -111,10 +112,3 @@ class MLA(nn.Module):
         w = rearrange(self.kv_b_proj.weight.to(dtype), "(H d) C -> H d C", H=self.cfg.num_attention_heads)
         w_uk, w_uv = w.split([self.cfg.qk_nope_head_dim, self.cfg.v_head_dim], dim=1)
         return w_uk, w_uv
-
-
-def causal_attention(
-    q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H T d"], v: Float[Tensor, "B H T Dv"], scale: float
-) -> Float[Tensor, "B H T Dv"]:
-    """softmax(scale · q kᵀ, causal) v."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -1,4 +1,4 @@
-"""The few tensor operations every module computes with: linear, grouped linear, SwiGLU, RMSNorm, the loss.
+"""The few tensor operations every module computes with: linear, SwiGLU, RMSNorm, the loss; experts' are in `grouped`.
 
 Modules never multiply matrices themselves; they call this file. It is the seam where FP8 and deferred weight gradients
 plug in. Weights are kept in fp32 and cast to the activations' dtype where they are used, so gradients come back,
@@ -20,88 +20,21 @@ def linear(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"]) -> Float[Tens
     return F.linear(x, weight.to(x.dtype))
 
 
-def grouped_linear(
-    x: Float[Tensor, "S i"], weight: Float[Tensor, "E o i"], counts: Int[Tensor, " E"]
-) -> Float[Tensor, "S o"]:
-    """One linear map per expert, on rows sorted by expert: the first counts[0] rows meet weight[0], and so on.
-
-    An expert without rows is skipped and gets a zero gradient; a row is never dropped, whatever the counts.
-    """
-    return _GroupedLinear.apply(x, weight.to(x.dtype), counts)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, counts)
-        return _grouped_mm(x, weight.transpose(1, 2), counts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, counts = ctx.saved_tensors
-        dy = grads[0].contiguous()
-        dx = _grouped_mm(dy, weight, counts) if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = torch.zeros_like(weight)
-            for rows, e in _groups(counts):
-                torch.mm(dy[rows].t(), x[rows], out=dw[e])
-        return dx, dw, None
-
-
-def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """[S, i] times [E, i, o] by groups of rows."""
-    if x.is_cuda and x.dtype == torch.bfloat16:  # the one dtype it takes there
-        return F.grouped_mm(x, weight, offs=counts.cumsum(0, dtype=torch.int32))
-    y = x.new_empty(x.shape[0], weight.shape[2])
-    for rows, e in _groups(counts):
-        torch.mm(x[rows], weight[e], out=y[rows])
-    return y
-
-
-def _groups(counts: Tensor) -> list[tuple[slice, int]]:
-    """(rows, expert) of every expert that has rows."""
-    groups, start = [], 0
-    for e, n in enumerate(counts.tolist()):
-        if n:
-            groups.append((slice(start, start + n), e))
-        start += n
-    return groups
-
-
 def swiglu(gate: Float[Tensor, "*n F"], up: Float[Tensor, "*n F"]) -> Float[Tensor, "*n F"]:
     """silu(gate) · up, keeping only its two inputs for backward (report §3.3 caches SwiGLU's inputs)."""
-    return _SwiGLU.apply(gate, up, None)
-
-
-def gated_swiglu(
-    gate: Float[Tensor, "S F"], up: Float[Tensor, "S F"], scale: Float[Tensor, " S"]
-) -> Float[Tensor, "S F"]:
-    """SwiGLU whose rows are multiplied by the router's gate weight, in one pass.
-
-    (g·h)·W = g·(h·W): weighting the narrow hidden rows [F] instead of the wide outputs [D] is the cheaper place.
-    """
-    return _SwiGLU.apply(gate, up, scale)
+    return _SwiGLU.apply(gate, up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, scale: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, scale)
-        y = F.silu(gate).mul_(up)
-        return y if scale is None else y.mul_(scale.to(y.dtype)[:, None])
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        gate, up, scale = ctx.saved_tensors
-        dy = grads[0]
-        act = F.silu(gate)
-        dscale = None
-        if scale is not None:
-            dscale = torch.linalg.vecdot(dy.float(), (act * up).float()).to(scale.dtype)
-            dy = dy * scale.to(dy.dtype)[:, None]
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return dgate, act.mul_(dy), dscale
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
 
 
 def rms_norm(x: Float[Tensor, "*n i"], weight: Float[Tensor, " i"], eps: float) -> Float[Tensor, "*n i"]:
@@ -192,24 +125,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x)
         dw = torch.zeros_like(weight, dtype=torch.float32)
         loss = x.new_zeros((), dtype=torch.float32)
-        for rows in torch.arange(x.shape[0], device=x.device).split(chunk):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits = F.linear(x[part], w).float()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            target = targets[part, None]
-            loss += (log_z - logits.gather(1, target)).sum()
-            # d loss / d logits = softmax − one-hot, over N for the mean
-            dlogits = logits.sub_(log_z).exp_().scatter_add_(1, target, -torch.ones_like(log_z)).div_(x.shape[0])
-            dlogits = dlogits.to(x.dtype)
-            torch.mm(dlogits, w, out=dx[part])
-            dw += dlogits.t() @ x[part]
-        ctx.save_for_backward(dx, dw.to(weight.dtype))
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            target = targets[rows, None]
+            log_p = torch.log_softmax(F.linear(x[rows], w), -1, dtype=torch.float32)
+            log_p_target = log_p.gather(1, target)
+            loss -= log_p_target.sum()
+            # d loss / d logits = softmax − one-hot
+            dlogits = log_p.exp_().scatter_(1, target, log_p_target.exp_() - 1).to(x.dtype)
+            torch.mm(dlogits, w, out=dx[rows])
+            _add_mm(dw, dlogits.t(), x[rows])
+        ctx.save_for_backward(dx.div_(x.shape[0]), dw.div_(x.shape[0]).to(weight.dtype))  # the mean
         return loss / x.shape[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dw = ctx.saved_tensors
         return dx * grads[0].to(dx.dtype), dw * grads[0].to(dw.dtype), None, None
+
+
+def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a · b, in one product where the dtypes allow it."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 class recomputed:
