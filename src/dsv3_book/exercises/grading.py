@@ -1,7 +1,7 @@
 """The machinery of the graders: a registry, cases, and an answer that helps.
 
-A grader is a function without arguments that yields :class:`Case` objects. It carries a `reference` (usually
-the package's own function) and `wrong` answers that people really give, each with a word that the hint must contain; one
+A grader is a function without arguments that yields :class:`Case` objects. It carries a `reference` (usually the
+package's own function) and `wrong` answers that people really give, each with a word that the hint must contain. One
 parametrised test (``tests/exercises/test_graders.py``) holds every grader to them.
 """
 
