@@ -97,6 +97,7 @@ def build(source: Path, out: Path) -> int:
 
     env = dict(os.environ, JUPYTER_PATH=str(out / "jupyter"), JUPYTER_PREFER_ENV_PATH="1", JUPYTER_PLATFORM_DIRS="1")
     env.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 8)))
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait cripple a machine that is shared
     env.setdefault("PYTHONHASHSEED", "0")  # sets print in the same order every time
     env["MPLBACKEND"] = "agg"
     print(

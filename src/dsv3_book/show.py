@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -226,9 +227,12 @@ def progress(items: Iterable[Item], label: str, total: int | None = None) -> Ite
     """
     count = total if total is not None else (len(items) if hasattr(items, "__len__") else None)  # type: ignore[arg-type]
     update, clear = _notebook_line()
+    shown = float("-inf")
     for done, item in enumerate(items):
-        bar = "" if not count else "▰" * (20 * done // count) + "▱" * (20 - 20 * done // count)
-        update(f"{label} {bar} {done}{f'/{count}' if count else ''}")
+        if monotonic() > shown + 0.5:
+            shown = monotonic()
+            bar = "" if not count else "▰" * (20 * done // count) + "▱" * (20 - 20 * done // count)
+            update(f"{label} {bar} {done}{f'/{count}' if count else ''}")
         yield item
     clear()
 
