@@ -18,10 +18,6 @@ def tokenizer(request):
     return Tokenizer.train(TEXTS, 600, style=request.param)
 
 
-def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
-    return [text[start:end] for _, (start, end) in tokenizer._plain.pre_tokenizer.pre_tokenize_str(text)]
-
-
 @given(text=st.text())
 @example("")
 @example("\x00\r\n\t 1234567 日本語カタカナ  \u200d👩‍🚀 e\u0301\n")
@@ -87,9 +83,9 @@ def test_pieces_are_cut_as_the_released_tokenizer_cuts_them():
         "a\n\n\n  b": ["a", "\n\n\n", " ", " b"],
         "end  ": ["end", "  "],
     }.items():
-        assert pieces(v3, text) == expected
+        assert v3.pieces(text) == expected
     code = Tokenizer.train(["x"], 262, style="code")
-    assert pieces(code, "f():\n        x\n    y\nz") == ["f", "():\n       ", " x", "\n   ", " y", "\n", "z"]
+    assert code.pieces("f():\n        x\n    y\nz") == ["f", "():\n       ", " x", "\n   ", " y", "\n", "z"]
 
 
 def test_the_code_style_needs_fewer_tokens_for_code():

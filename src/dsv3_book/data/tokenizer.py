@@ -165,6 +165,11 @@ class Tokenizer:
         """`encode` of many texts, on all cores."""
         return [e.ids for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def pieces(self, text: str) -> list[str]:
+        """The pieces that `text` is cut into before bytes are merged; no token spans two of them."""
+        cut = self._plain.pre_tokenizer.pre_tokenize_str(text)
+        return [text[start:end] for _, (start, end) in cut]
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for; special tokens stand for none. ValueError for an id outside the vocabulary."""
         return b"".join(self._bytes[self._checked(index)] for index in ids)
