@@ -23,8 +23,8 @@ class Cache(Protocol):
 
     def append(
         self, layer: int, c_kv: Float[Tensor, "B T C"], k_rope: Float[Tensor, "B T R"]
-    ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
-        """Stores the new tokens' latents and returns those of all S tokens so far."""
+    ) -> tuple[Float[Tensor, "B seen C"], Float[Tensor, "B seen R"]]:
+        """Stores the new tokens' latents and returns those of all tokens seen so far."""
         ...
 
 
@@ -97,13 +97,13 @@ class MLA(nn.Module):
         q_nope, q_rope = self.queries(c_q, at)
         w_uk, w_uv = self.up_weights(x.dtype)
         q_latent = einsum(q_nope, w_uk, "B T H Dh, H Dh C -> B T H C")
-        scores = einsum(q_latent, c_kv, "B T H C, B S C -> B H T S") + einsum(
-            q_rope, k_rope, "B T H R, B S R -> B H T S"
+        scores = einsum(q_latent, c_kv, "B T H C, B seen C -> B H T seen") + einsum(
+            q_rope, k_rope, "B T H R, B seen R -> B H T seen"
         )
-        T, S = scores.shape[-2:]
-        future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
+        T, seen = scores.shape[-2:]
+        future = torch.ones(T, seen, dtype=torch.bool, device=x.device).triu(seen - T + 1)
         p = (scores.float() * self.cfg.softmax_scale).masked_fill_(future, -torch.inf).softmax(-1).to(x.dtype)
-        o_latent = einsum(p, c_kv, "B H T S, B S C -> B T H C")
+        o_latent = einsum(p, c_kv, "B H T seen, B seen C -> B T H C")
         o = einsum(o_latent, w_uv, "B T H C, H Dv C -> B T H Dv")
         return self.o_proj(rearrange(o, "B T H Dv -> B T (H Dv)"))
 
