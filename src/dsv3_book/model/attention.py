@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 64  # query rows at a time: their scores stay in a core's cache
+KEEP = 512  # up to this many tokens the probabilities are kept for backward; beyond, T² of them would be too many
 
 
 def causal_attention(
@@ -18,7 +19,7 @@ def causal_attention(
     """softmax(scale · q kᵀ over the past) v, by the fastest way this device has.
 
     On CUDA that is torch's own fused kernel. On a CPU torch has one for Dv = d only and otherwise keeps all T² scores;
-    `_BlockAttention` never holds more than BLOCK rows of them.
+    `_BlockAttention` never computes more than it needs, and beyond KEEP tokens holds only BLOCK rows of them.
     """
     if q.device.type == "cpu":
         return _BlockAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale).view_as(v)
@@ -35,26 +36,31 @@ def plain_attention(
 
 
 class _BlockAttention(torch.autograd.Function):
-    """FlashAttention's bargain (arXiv 2205.14135): keep no scores, compute them again in backward, block by block.
+    """Block by block: queries a … b see the keys 0 … b; nearly half of the T² work is never done. [n, T, d], n = B·H.
 
-    A block of queries a … b sees the keys 0 … b, so nearly half of the T² work is never done. [n, T, d], n = B·H.
+    Long sequences strike FlashAttention's bargain (arXiv 2205.14135): keep no probabilities, compute them again in
+    backward. Short ones keep them, which is faster.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        out = torch.empty_like(v)
+        out, kept = torch.empty_like(v), []
         for a, b in _blocks(q.shape[1]):
-            out[:, a:b] = _probabilities(q[:, a:b], k[:, :b], scale) @ v[:, :b]
+            p = _probabilities(q[:, a:b], k[:, :b], scale)
+            out[:, a:b] = p @ v[:, :b]
+            if q.shape[1] <= KEEP:
+                kept.append(p)
+        ctx.save_for_backward(q, k, v, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for a, b in _blocks(q.shape[1]):
-            p, dout = _probabilities(q[:, a:b], k[:, :b], ctx.scale), grads[0][:, a:b]
+        for i, (a, b) in enumerate(_blocks(q.shape[1])):
+            p = kept[i] if kept else _probabilities(q[:, a:b], k[:, :b], ctx.scale)
+            dout = grads[0][:, a:b]
             dp = dout @ v[:, :b].transpose(1, 2)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)  # p·(dp − Σ p·dp)
             dq[:, a:b] = ds @ k[:, :b]

@@ -17,7 +17,38 @@ from torch import Tensor, nn
 
 def linear(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*n o"]:
     """x · weightᵀ in the dtype of x."""
-    return F.linear(x, weight.to(x.dtype))
+    return _Linear.apply(x, weight.to(x.dtype))
+
+
+class _Linear(torch.autograd.Function):
+    """The three products of a linear layer, in the report's words (§3.3): Fprop, and in backward Dgrad and Wgrad."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return times_transposed(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = times_transposed(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = grads[0].reshape(-1, weight.shape[0]).t() @ x.reshape(-1, weight.shape[1])
+        return dx, dw
+
+
+def times_transposed(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*n o"]:
+    """x · weightᵀ without gradient. Large fp32 products on a CPU go to oneDNN, faster than torch's default by 5–20 %
+    (measured on an AMD EPYC); torch itself sends only bf16 there."""
+    if (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() >= 2**16
+        and torch.backends.mkldnn.is_available()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
 
 
 def swiglu(gate: Float[Tensor, "*n F"], up: Float[Tensor, "*n F"]) -> Float[Tensor, "*n F"]:
@@ -55,11 +86,12 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         dy = grads[0].float()
         unit = x.float() * rstd
-        dweight = (dy * unit).reshape(-1, x.shape[-1]).sum(0)
-        dunit = dy * weight
-        # d/dx of x·rstd: the part of dunit along x is taken out, because rescaling x changes nothing.
-        along = torch.linalg.vecdot(dunit, unit).div_(x.shape[-1]).unsqueeze_(-1)
-        return dunit.addcmul_(unit, along, value=-1).mul_(rstd).to(x.dtype), dweight.to(weight.dtype), None
+        both = dy * unit
+        dweight = both.flatten(0, -2).sum(0)
+        # d/dx of x·rstd: the part of the gradient along x is taken out, because rescaling x changes nothing.
+        along = (both @ weight.float()).div_(x.shape[-1]).unsqueeze_(-1)
+        dx = (dy * weight).addcmul_(unit, along, value=-1).mul_(rstd)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None
 
 
 class Linear(nn.Module):
@@ -103,11 +135,11 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of softmax(x · weightᵀ) against `targets`, in nats, without ever holding all N·V logits.
 
-    Rows go through in chunks (by default about a million logits at a time). Each chunk's gradients are taken on the
+    Rows go through in chunks (by default about two million logits at a time). Each chunk's gradients are taken on the
     spot, in the forward pass, because afterwards its logits are gone; backward only scales them. Softmax and sums are
     fp32.
     """
-    chunk = chunk or max(1, 2**20 // weight.shape[0])
+    chunk = chunk or max(1, 2**21 // weight.shape[0])
     if not torch.is_grad_enabled():
         w = weight.to(x.dtype)
         parts = [
@@ -128,12 +160,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             target = targets[rows, None]
-            log_p = torch.log_softmax(F.linear(x[rows], w), -1, dtype=torch.float32)
+            log_p = torch.log_softmax(times_transposed(x[rows], w), -1, dtype=torch.float32)
             log_p_target = log_p.gather(1, target)
             loss -= log_p_target.sum()
             # d loss / d logits = softmax − one-hot
             dlogits = log_p.exp_().scatter_(1, target, log_p_target.exp_() - 1).to(x.dtype)
-            torch.mm(dlogits, w, out=dx[rows])
+            dx[rows] = times_transposed(dlogits, w.t())
             _add_mm(dw, dlogits.t(), x[rows])
         ctx.save_for_backward(dx.div_(x.shape[0]), dw.div_(x.shape[0]).to(weight.dtype))  # the mean
         return loss / x.shape[0]
