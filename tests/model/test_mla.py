@@ -6,8 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelkit import SMALL
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dsv3_book.config import ModelConfig
+from dsv3_book.model.attention import KEEP
 from dsv3_book.model.mla import MLA
 from dsv3_book.model.rope import angles
 
@@ -101,18 +105,33 @@ def test_recomputing_gives_the_same_bits(rank):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_recomputing_keeps_less():
-    """Counted by what autograd saves: without the per-head queries, keys and values."""
-    mla, x = made(SMALL, 16)
-    at, kept = angles(SMALL, torch.arange(16)), []
+class Made(TorchDispatchMode):
+    """Remembers the memory of every tensor an operation returns, without keeping it alive.
+
+    Saved-tensor hooks can't count here: of nested ones only the innermost is called, and that is `recomputed`'s own.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.memories = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for t in filter(torch.is_tensor, tree_leaves(result)):
+            memory = t.untyped_storage()
+            self.memories[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        return result
+
+
+@pytest.mark.parametrize("T", [16, KEEP + 1])  # attention keeps its probabilities, and doesn't
+def test_recomputing_drops_queries_keys_values_and_normed_latents(T):
+    cfg = SMALL
+    mla, x = made(cfg, T)
+    at, kept = angles(cfg, torch.arange(T)), []
     for mla.recompute in (False, True):
-        sizes: dict[int, int] = {}
-
-        def pack(t, sizes=sizes):
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            mla(x.clone().requires_grad_(), at)
-        kept.append(sum(sizes.values()))
-    assert kept[1] < kept[0]
+        with Made() as tape:
+            y = mla(x, at)
+        kept.append(sum(nbytes for memory, nbytes in tape.memories.values() if not memory.expired()))
+        assert y.requires_grad
+    heads = cfg.num_attention_heads * (2 * cfg.qk_head_dim + cfg.v_head_dim)
+    assert kept[0] - kept[1] == 4 * 2 * T * (heads + cfg.q_lora_rank + cfg.kv_lora_rank)
