@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv3_book import costs
 from dsv3_book.config import PRESETS, ModelConfig
 from dsv3_book.model import Transformer, mla, ops
-from dsv3_book.model.attention import plain_attention
+from dsv3_book.model.attention import BLOCK, plain_attention
 from dsv3_book.model.experts import Experts
+from dsv3_book.model.flops import Executed, executed_flops
 from dsv3_book.model.grouped import grouped_linear
 
 # Part of `main_params` -> what the names of its parameters contain; the first that fits decides.
@@ -65,3 +66,30 @@ def test_counting_every_expert_as_activated_gives_an_impossible_utilisation():
     v3 = ModelConfig.preset("v3-671b")
     all_experts = 6 * costs.count(v3).main * costs.tokens_per_second_per_gpu() / costs.PEAK_FLOPS["bf16"]
     assert all_experts > 6 > 1 > costs.implied_mfu(v3)
+
+
+def _training_step(cfg: ModelConfig, T: int, seed: int = 0) -> Executed:
+    """FLOPs executed by one step on two sequences of T tokens."""
+    model = Transformer(cfg, seed)
+    tokens = torch.randint(cfg.vocab_size, (2, T + 1 + cfg.num_nextn_predict_layers))
+    return executed_flops(lambda: sum(model.losses(tokens)[:3]).backward())
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "n_shared_experts": 2}])
+def test_the_fast_paths_execute_just_the_products_with_weights_that_training_needs(changes):
+    cfg, T = ModelConfig.preset("tiny").replace(**changes), 16
+    needed = 3 * sum(costs.forward_flops(cfg, 0.0).values())
+    assert _training_step(cfg, T).weights == 2 * T * needed
+
+
+def test_attention_in_blocks_executes_what_chapter_1_says():
+    """Blocks of queries, each against all keys up to its end: if this changes, chapter 1's explanation must too."""
+    cfg, T = ModelConfig.preset("tiny"), 2 * BLOCK
+    with_scores, without = (3 * sum(costs.forward_flops(cfg, keys).values()) for keys in ((T + BLOCK) / 2, 0.0))
+    assert _training_step(cfg, T).attention == 2 * T * (with_scores - without)
+
+
+def test_large_products_are_counted_whatever_library_computes_them():
+    x, w = torch.randn(512, 256, requires_grad=True), torch.randn(64, 256, requires_grad=True)
+    assert executed_flops(lambda: ops.linear(x, w).sum().backward()) == Executed(3 * 2 * 512 * 256 * 64, 0)
+    assert executed_flops(lambda: None) == Executed(0, 0)
