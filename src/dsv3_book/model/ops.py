@@ -139,7 +139,7 @@ def linear_cross_entropy(
     spot, in the forward pass, because afterwards its logits are gone; backward only scales them. Softmax and sums are
     fp32.
     """
-    chunk = chunk or max(1, 2**21 // weight.shape[0])
+    chunk = chunk or max(256, 2**21 // weight.shape[0])  # few rows would read the head's weight again too often
     if not torch.is_grad_enabled():
         w = weight.to(x.dtype)
         parts = [
