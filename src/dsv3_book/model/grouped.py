@@ -72,7 +72,7 @@ def grouped_swiglu(
     """One SwiGLU network per expert on rows sorted by expert, each row's result times its `scale` (the router's gate).
 
     g·(h·W) = (g·h)·W: the gate weighs the narrow hidden rows [F] instead of the wide outputs [D]. Equal to three
-    `grouped_linear` with SwiGLU between, and on a GPU that is what runs; on a CPU an expert's rows pass through all steps
+    `grouped_linear` with SwiGLU between, which is what runs on a GPU; on a CPU an expert's rows pass through all steps
     before the next expert's, while they are in the cache. Only SwiGLU's inputs are kept for backward, its output is
     computed again (report §3.3).
     """
