@@ -1,0 +1,1 @@
+"""Writing text: the latent cache, and choosing the next token."""

@@ -1,0 +1,98 @@
+"""Plain data parallel: every process holds the whole model and works on its own share of the step's micro-batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class PeerError(RuntimeError):
+    """Another process met an error and has reported it; this one only has to end."""
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """`size` processes, of which this is number `rank`; with one process nothing is ever sent.
+
+    group: the processes that share the work (None: torch's default group).  device: where this process computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
+
+    @staticmethod
+    def from_environment() -> DataParallel:
+        """The processes that `torchrun` started (one, if it didn't), joined over NCCL where each has a GPU, else gloo."""
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return DataParallel(rank, size, None, device)
+
+    def close(self) -> None:
+        """Leaves the process group, if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group(self.group)
+
+    def share(self, count: int) -> range:
+        """This process's part of `count` things: contiguous, equally long on all processes."""
+        if count % self.size:
+            raise ValueError(
+                f"{count} micro-batches don't divide among {self.size} processes: change the batch or the number of processes"
+            )
+        part = count // self.size
+        return range(self.rank * part, (self.rank + 1) * part)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, in place: the same bits on all of them."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sums every parameter's gradient over the processes in fp32, as one flat bucket in the order given.
+
+        Afterwards the gradients are views of that bucket. A parameter that got no gradient here counts as zero.
+        """
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        parts = [p.grad.reshape(-1) if p.grad is not None else torch.zeros_like(p).view(-1) for p in parameters]
+        bucket = self.sum(torch.cat(parts).float())
+        for p, part in zip(parameters, bucket.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p).to(p.dtype)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on process 0, on every process.
+
+        If it raises there, the error is process 0's to report; the others raise PeerError, so that one mistake is one
+        message and nobody waits for ever.
+        """
+        if self.size == 1:
+            return work()
+        box: list = [None, False]
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                box = [work(), True]
+            except Exception as caught:
+                error = caught
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        if error is not None:
+            raise error
+        if not box[1]:
+            raise PeerError("process 0 met an error and has reported it")
+        return box[0]

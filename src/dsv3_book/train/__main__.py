@@ -1,0 +1,65 @@
+"""`python -m dsv3_book.train`, alone or under `torchrun`: train, or go on, and write a sample at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
+
+from dsv3_book.generate import write
+from dsv3_book.parallel import DataParallel, PeerError
+from dsv3_book.train.config import from_command_line
+from dsv3_book.train.folder import choose_dtype
+from dsv3_book.train.trainer import NonFinite, Trainer
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0 finished or stopped on request, 1 the training failed, 2 bad input."""
+    speak = os.environ.get("RANK", "0") == "0"
+    parallel: DataParallel | None = None
+    try:
+        try:
+            config = from_command_line(argv, speak)
+            parallel = DataParallel.from_environment()
+            config = dataclasses.replace(config, dtype=choose_dtype(config.dtype, parallel.device))
+            trainer = Trainer(config, parallel)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            return complain(error, 2, speak or parallel is not None)
+        except PeerError:
+            return 2
+        trainer.folder.say(trainer.describe())
+        try:
+            finished = trainer.run()
+        except NonFinite as error:
+            return complain(error, 1, speak)
+        if not finished:
+            trainer.folder.say(
+                f"stopped after step {trainer.step} of {config.steps}; all of it is saved in {config.out}. "
+                "The same command goes on from there."
+            )
+        elif speak:
+            print(f"\nA sample after {config.prompt!r}:\n", flush=True)
+            write(trainer.model, trainer.data.tokenizer, config.prompt, max_tokens=200, temperature=0.8, top_p=0.95)
+        return 0
+    finally:
+        if parallel is not None:
+            parallel.close()
+
+
+def complain(error: Exception, status: int, speak: bool) -> int:
+    """Says what is wrong in one line (process 0, or the only one that knows), and tells torchrun, which repeats it."""
+    if speak:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+    return status
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    sys.exit(main())
