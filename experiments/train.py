@@ -245,7 +245,7 @@ def sweep(arms: list[Arm], processes: int) -> list[dict[str, Any]]:
         return list(pool.map(run, arms))
 
 
-def record(name: str, command: str, results: dict[str, Any]) -> None:
+def record(name: str, command: str, results: dict[str, Any], how: str = "one thread a run, fp32") -> None:
     """Write `results` as the package data `name`, with what is needed to make them again."""
     import torch
 
@@ -256,7 +256,7 @@ def record(name: str, command: str, results: dict[str, Any]) -> None:
         "date": date.today().isoformat(),
         "command": command,
         "commit": git("rev-parse", "HEAD"),
-        "machine": f"{os.cpu_count()} CPU cores ({_cpu()}), one thread a run, fp32, torch {torch.__version__}",
+        "machine": f"{os.cpu_count()} CPU cores ({_cpu()}), {how}, torch {torch.__version__}",
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
