@@ -14,7 +14,7 @@ from typing import Any
 
 from train import ROOT, record
 
-KEEP = "step tokens loss loss_mtp balance_loss max_violation lr grad_norm tokens_per_second".split()
+KEEP = ["step", "tokens", "loss", "loss_mtp", "balance_loss", "max_violation", "lr", "grad_norm", "tokens_per_second"]
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def main() -> None:
     every = lines(run)
     steps = [line for line in every if "loss" in line]
     validation = [line for line in every if "val_loss" in line]
-    shown = "step val_loss val_bits_per_byte".split()
+    shown = ["step", "val_loss", "val_bits_per_byte"]
     results = {
         "threads": args.threads,
         "config": config,

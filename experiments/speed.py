@@ -1,4 +1,4 @@
-"""Records the benchmark of one training step beside transformers, for chapter 7 and the README. Run it on a quiet machine.
+"""Records the benchmark of one training step beside transformers, for chapter 7 and the README. Wants a quiet machine.
 
 python experiments/speed.py
 """
