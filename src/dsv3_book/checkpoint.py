@@ -7,9 +7,9 @@ There is no "latest" pointer that could disagree with the folders: the latest is
 `state.json` holds everything that is not a tensor, and the size and SHA-256 of every other file.
 
 **Whose files.** Run folders are for your own machine: torch.distributed.checkpoint keeps its table of contents
-(`.metadata`) as a pickle, and a pickle can run code when it is read. We read it with an unpickler that knows nothing but
-that table's own classes, and the tensors with `weights_only`, so a foreign folder is refused rather than run; to hand
-weights to somebody, use `interop.save_pretrained` (safetensors) all the same.
+(`.metadata`) as a pickle, and a pickle can run code when it is read. We read it with an unpickler that knows nothing
+but that table's own classes, and the tensors with `weights_only`, so a foreign folder is refused rather than run; to
+hand weights to somebody, use `interop.save_pretrained` (safetensors) all the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ class CheckpointError(ValueError):
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], parallel: DataParallel, keep: int = 2
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    parallel: DataParallel,
+    keep: int = 2,
 ) -> Path:
     """Writes checkpoint `step` under `folder`, from all processes at once, and deletes all but the newest `keep`.
 
@@ -144,7 +149,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], parallel: DataParallel | Non
     """
     parallel = parallel or DataParallel()
     reader = _Reader(path)
-    known = reader.read_metadata().state_dict_metadata
+    known = reader.table()
     missing = sorted(set(tensors) - set(known))
     shapes = [
         f"{name} {tuple(known[name].size)} (here {tuple(t.shape)})"
@@ -159,7 +164,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], parallel: DataParallel | Non
 
 def names(path: Path) -> set[str]:
     """Names of the tensors in the checkpoint at `path`."""
-    return set(_Reader(path).read_metadata().state_dict_metadata)
+    return set(_Reader(path).table())
 
 
 def name_of(step: int) -> str:
@@ -193,7 +198,7 @@ class _Unpickler(pickle.Unpickler):
         layout = (module, name) == ("torch.serialization", "_get_layout")
         path = module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")
         value = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        if table and "." not in name or storage or layout or path or value:
+        if (table and "." not in name) or storage or layout or path or value:
             return super().find_class(module, name)
         raise CheckpointError(f"the checkpoint's .metadata names {module}.{name}, which has no place there: refused")
 
@@ -216,6 +221,11 @@ class _Reader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def table(self) -> dict[str, TensorStorageMetadata]:
+        """Name, shape and place of every tensor."""
+        entries = self.read_metadata().state_dict_metadata
+        return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 @contextmanager

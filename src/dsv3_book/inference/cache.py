@@ -31,11 +31,7 @@ class LatentCache:
         self.k_rope = torch.empty(*shape, cfg.qk_rope_head_dim, dtype=dtype, device=device)
         self.capacity = capacity
         self.filled = [0] * cfg.num_hidden_layers
-
-    @property
-    def length(self) -> int:
-        """Tokens that every layer has stored."""
-        return min(self.filled)
+        self.length = 0  # tokens that every layer has stored
 
     def append(
         self, layer: int, c_kv: Float[Tensor, "B T C"], k_rope: Float[Tensor, "B T R"]
@@ -52,10 +48,11 @@ class LatentCache:
         self.c_kv[layer, :, start:end] = c_kv
         self.k_rope[layer, :, start:end] = k_rope
         self.filled[layer] = end
+        self.length = min(self.filled)
         return self.c_kv[layer, :, :end], self.k_rope[layer, :, :end]
 
     def cut(self, length: int) -> None:
         """Forgets all tokens from number `length` on (drafts that were not accepted, say)."""
         if not 0 <= length <= self.length:
             raise ValueError(f"can't cut a cache of {self.length} tokens to {length}")
-        self.filled = [length] * len(self.filled)
+        self.filled, self.length = [length] * len(self.filled), length

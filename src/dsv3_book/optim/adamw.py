@@ -1,8 +1,8 @@
 """AdamW as V3 uses it (report §4.2): β = (0.9, 0.95), weight decay 0.1.
 
 The step itself is torch's own fused AdamW, one pass over each tensor; there is nothing in it that V3 does otherwise.
-Its parameters are the FP32 master weights themselves (report §3.3): the model casts them where it uses them. The moments
-are FP32 here; the report keeps them in BF16.
+Its parameters are the FP32 master weights themselves (report §3.3): the model casts them where it uses them. The
+moments are FP32 here; the report keeps them in BF16.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def adamw(
 ) -> torch.optim.AdamW:
     """The optimiser for these parameters, in two groups: matrices decay, vectors do not.
 
-    The report gives the decay (0.1) and not what it applies to. That the gains of the norms are left alone is our choice,
-    and the field's custom: decay pulls towards zero, but a gain's neutral value is one. Embedding and head do decay.
-    The routing bias is no parameter and never comes here. ε is not in the report either: 1e-8, the usual.
+    The report gives the decay (0.1) and not what it applies to. That the gains of the norms are left alone is our
+    choice, and the field's custom: decay pulls towards zero, but a gain's neutral value is one. Embedding and head do
+    decay. The routing bias is no parameter and never comes here. ε is not in the report either: 1e-8, the usual.
     """
     named = list(named_parameters)
     groups = [

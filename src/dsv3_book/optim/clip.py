@@ -18,17 +18,18 @@ def global_norm(parts: Iterable[Part]) -> Float[Tensor, ""]:
     """The Euclidean norm of all gradients together, in fp32.
 
     A part names parameters and the group of processes among which *different* ones of that kind are spread (pipeline
-    stages, experts, ZeRO's shards): their squares are summed over it. What all processes hold alike comes with None, and
-    is not sent. A parameter listed twice counts once.
+    stages, experts, ZeRO's shards): their squares are summed over it. What all processes hold alike comes with None,
+    and is not sent. A parameter listed twice counts once.
     """
-    total, seen = None, set()
+    total: Tensor | None = None
+    seen: set[int] = set()
     for parameters, group in parts:
         own = [p for p in parameters if p.grad is not None and id(p) not in seen]
         seen.update(map(id, own))
         device = own[0].device if own else (parameters[0].device if len(parameters) else "cpu")
         square = torch.zeros((), dtype=torch.float32, device=device)
         if own:
-            norms = torch._foreach_norm([p.grad for p in own], 2, dtype=torch.float32)
+            norms = torch._foreach_norm([p.grad for p in own if p.grad is not None], 2, dtype=torch.float32)
             square = torch.linalg.vector_norm(torch.stack(norms)).square()
         if group is not None:
             dist.all_reduce(square, group=group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -28,11 +28,11 @@ class DataParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @staticmethod
     def from_environment() -> DataParallel:
-        """The processes that `torchrun` started (one, if it didn't), joined over NCCL where each has a GPU, else gloo."""
+        """The processes that `torchrun` started (one, if it didn't), joined over NCCL if each has a GPU, else gloo."""
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -51,7 +51,7 @@ class DataParallel:
         """This process's part of `count` things: contiguous, equally long on all processes."""
         if count % self.size:
             raise ValueError(
-                f"{count} micro-batches don't divide among {self.size} processes: change the batch or the number of processes"
+                f"{count} micro-batches don't divide among {self.size} processes: change the batch or their number"
             )
         part = count // self.size
         return range(self.rank * part, (self.rank + 1) * part)

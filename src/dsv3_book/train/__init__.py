@@ -1,1 +1,1 @@
-"""Training: `python -m dsv3_book.train`. `recipe`: the report's schedules. `trainer`: the loop. `config`: the settings."""
+"""Training: `python -m dsv3_book.train`. `recipe`: the report's schedules. `trainer`: the loop. `config`: its knobs."""

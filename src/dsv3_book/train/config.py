@@ -21,6 +21,8 @@ from dsv3_book.config import PRESETS as MODELS
 from dsv3_book.config import ModelConfig, RopeScaling
 from dsv3_book.train.recipe import REPORT_TOKENS, Recipe, tokens_in
 
+Dtype = Literal["auto", "fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -106,13 +108,13 @@ class Every:
 class TrainConfig:
     """Train a DeepSeek-V3-shaped model. Run again with the same --out, and it resumes."""
 
-    out: Path
-    """The run's folder: settings, metrics, checkpoints, tokenizer."""
+    out: Path = Path("runs/laptop")
+    """The run's folder: settings, metrics, checkpoints, tokenizer. (Else runs/ and the preset's name.)"""
     preset: str = "laptop"
     """Model and settings to start from: tiny, laptop, v3-16b, v3-671b."""
     steps: int = 1000
     """Optimiser steps in the whole run; all schedules are stretched to it."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Dtype = "auto"
     """Of activations and matrix products (weights and optimiser are FP32); auto: bf16 where the machine computes it."""
     data: tuple[str, ...] = ()
     """Files, folders and globs of text; none: the Python standard library's source."""
@@ -210,15 +212,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "fp32",
         "batch": Batch(sequence_length=32, start=8, end=16, multiple=8, micro=2),
         "optim": Optim(lr=3e-3, warmup_steps=3),
-        "text": Text(max_bytes=200_000),
+        "text": Text(max_bytes=400_000, held_out=0.1),
         "every": Every(checkpoint=10, validation=10, validation_windows=8),
     },
     # Our choice, tuned for about ten minutes on two cores.
     "laptop": {
         "model": MODELS["laptop"],
-        "steps": 1500,
+        "steps": 900,
         "batch": Batch(sequence_length=256, start=8, end=8, multiple=8, micro=4),
         "optim": Optim(lr=2e-3, warmup_steps=50),
+        "balance": Balance(gamma=4e-3),
         "text": Text(style="code"),
         "every": Every(checkpoint=200, validation=100, validation_windows=64),
     },
@@ -227,11 +230,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str, out: str | os.PathLike[str], **changes: Any) -> TrainConfig:
-    """The settings of preset `name` for a run in `out`, some of them changed."""
+def preset(name: str, out: str | os.PathLike[str] | None = None, **changes: Any) -> TrainConfig:
+    """The settings of preset `name` for a run in `out` (else in runs/`name`), some of them changed."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return TrainConfig(**{"out": Path(out), "preset": name, **PRESETS[name], **changes})
+    return TrainConfig(**{"out": Path(out or f"runs/{name}"), "preset": name, **PRESETS[name], **changes})
 
 
 def from_command_line(argv: Sequence[str] | None = None, speak: bool = True) -> TrainConfig:
@@ -247,12 +250,11 @@ def from_command_line(argv: Sequence[str] | None = None, speak: bool = True) -> 
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--preset"):
             name = word.partition("=")[2] if "=" in word else following
-    base = preset(name, "out")
     return tyro.cli(
         TrainConfig,
         args=argv,
         prog="python -m dsv3_book.train",
-        default=dataclasses.replace(base, out=tyro.MISSING),
+        default=preset(name),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         console_outputs=speak,
     )

@@ -3,6 +3,8 @@
     RUN/run.json         the settings, complete           RUN/metrics.jsonl   one object a step
     RUN/tokenizer.json   the run's tokenizer              RUN/tensorboard/    the same, and MaxVio of every layer
     RUN/checkpoints/     see `dsv3_book.checkpoint`
+
+One process writes, process 0; the others are told what it found.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from dsv3_book import checkpoint
 from dsv3_book.data import Dataset, prepare
 from dsv3_book.parallel import DataParallel
-from dsv3_book.train.config import TrainConfig
+from dsv3_book.train.config import Dtype, TrainConfig
 
 SETTINGS, CHECKPOINTS = "run.json", "checkpoints"
 FREE = ("out", "pause_at", "prompt", "every")  # settings that change nothing that is computed
@@ -148,8 +150,8 @@ class RunFolder:
         return checkpoint.save(self.checkpoints, step, tensors, {**state, "config": config}, self.parallel, keep)
 
 
-def choose_dtype(asked: str, device: torch.device) -> str:
-    """"fp32" or "bf16": what was asked for, or, for "auto", bf16 where the device multiplies it in hardware.
+def choose_dtype(asked: Dtype, device: torch.device) -> Dtype:
+    """What to compute in, "fp32" or "bf16". For "auto": bf16 where the device multiplies it in hardware.
 
     On CPUs that is AVX512-BF16 or AMX; elsewhere bf16 is emulated and slower than fp32.
     """

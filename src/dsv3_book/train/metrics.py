@@ -58,15 +58,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """Everything a run reports, from the one process that speaks; the others hold a silent one (`folder` None).
 
-    Use as a context manager; `step(...)` after each step, `validation(...)` and `say(...)` in between.
+    `with metrics.after(step):` opens the files; within it, `step(...)` after each step, `validation(...)` and `say(...)`
+    in between.
     """
 
-    def __init__(self, folder: Path | None, step: int, steps: int, routers: Sequence[str] = ()) -> None:
-        self.folder, self.first, self.steps, self.routers = folder, step, steps, list(routers)
+    def __init__(self, folder: Path | None, steps: int, routers: Sequence[str] = ()) -> None:
+        self.folder, self.first, self.steps, self.routers = folder, 0, steps, list(routers)
         self.console = Console(file=sys.stderr, soft_wrap=True, quiet=folder is None)
         self.live = self.console.is_terminal and folder is not None
         self.recent: deque[tuple[float, int]] = deque(maxlen=20)  # (time, tokens) of the last steps, for the live view
         self.last_line = -float("inf")
+
+    def after(self, step: int) -> Metrics:
+        """Ready to go on from `step`."""
+        self.first = step
+        return self
 
     def __enter__(self) -> Metrics:
         if self.folder is None:

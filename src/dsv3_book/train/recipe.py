@@ -18,7 +18,7 @@ REPORT_TOKENS = 14.8e12  # the length of DeepSeek-V3's pre-training (report §4.
 
 @dataclass(frozen=True)
 class Settings:
-    """What one optimiser step uses: learning rate, bias update speed γ, MTP loss weight λ, and sequences in the step."""
+    """What one optimiser step uses: learning rate, bias update speed γ, MTP loss weight λ, sequences in the step."""
 
     lr: float
     gamma: float
@@ -76,12 +76,12 @@ class Recipe:
                     f"use {max(1, size // self.batch_multiple) * self.batch_multiple}, or change batch.multiple"
                 )
 
-    def at(self, step: int, tokens: int) -> Settings:
+    def at(self, step: int, tokens: float) -> Settings:
         """The settings of step `step` (counted from 0) when `tokens` were seen before it."""
         return Settings(self.lr(step, tokens), self.gamma(tokens), self.mtp(tokens), self.batch(tokens))
 
     def lr(self, step: int, tokens: float) -> float:
-        """Learning rate (§4.2). Step 0 takes 1/`warmup_steps` of the peak, not 0: our choice, or it would learn nothing."""
+        """Learning rate (§4.2). Step 0 takes 1/`warmup_steps` of the peak, not 0 (our choice: it should learn)."""
         if step + 1 < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         seen = self._on_report_axis(tokens)

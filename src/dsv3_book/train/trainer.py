@@ -1,4 +1,4 @@
-"""The training loop: gradients over micro-batches, one optimiser step, one bias update, and what must survive a stop."""
+"""The training loop: gradients over micro-batches, an optimiser step, a bias update, and what survives a stop."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Trainer:
             self.load(*found)
         self.routers = self.model.routers()
         names = [name for name, _ in self.routers]
-        self.metrics = Metrics(config.out if parallel.rank == 0 else None, self.step, config.steps, names)
+        self.metrics = Metrics(config.out if parallel.rank == 0 else None, config.steps, names)
         self.folder.write(self.data)
 
     def describe(self) -> str:
@@ -95,7 +95,7 @@ class Trainer:
     def run(self) -> bool:
         """Trains until the last step, Ctrl-C, SIGTERM or `pause_at`; True when the run is finished."""
         every = self.config.every
-        with self.metrics, stop_signals() as stop_asked:
+        with self.metrics.after(self.step), stop_signals() as stop_asked:
             while self.step < self.config.steps:
                 stop = self.train_step(stop_asked) or self.step == self.config.pause_at
                 last = self.step == self.config.steps
@@ -170,8 +170,8 @@ class Trainer:
             kept = checkpoint.found(self.folder.checkpoints)
             where = f"the last checkpoint is of step {kept[0][0]}" if kept else "there is no checkpoint yet"
             raise NonFinite(
-                f"step {self.step + 1} is not finite (loss {main}, MTP loss {mtp}, balance loss {balance}, gradient norm "
-                f"{norm.item()}), so it was not taken; {where}. Lower --optim.lr, or try --dtype fp32"
+                f"step {self.step + 1} is not finite (loss {main}, MTP loss {mtp}, balance loss {balance}, gradient "
+                f"norm {norm.item()}), so it was not taken; {where}. Lower --optim.lr, or try --dtype fp32"
             )
 
     # Validation --------------------------------------------------------------------------------------------------
@@ -226,4 +226,3 @@ class Trainer:
         if rng in tensors:
             torch.set_rng_state(tensors[rng])
         self.step, self.sequences = state["step"], state["sequences"]
-
