@@ -24,7 +24,7 @@ def global_norm(parts: Iterable[Part]) -> Float[Tensor, ""]:
     total: Tensor | None = None
     seen: set[int] = set()
     for parameters, group in parts:
-        own = [p for p in parameters if p.grad is not None and id(p) not in seen]
+        own = list({id(p): p for p in parameters if p.grad is not None and id(p) not in seen}.values())
         seen.update(map(id, own))
         device = own[0].device if own else (parameters[0].device if len(parameters) else "cpu")
         square = torch.zeros((), dtype=torch.float32, device=device)

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from dsv3_book.generate import write
@@ -17,7 +16,6 @@ from dsv3_book.train.folder import choose_dtype
 from dsv3_book.train.trainer import NonFinite, Trainer
 
 
-@record
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0 finished or stopped on request, 1 the training failed, 2 bad input."""
     speak = os.environ.get("RANK", "0") == "0"
@@ -61,5 +59,4 @@ def complain(error: Exception, status: int, speak: bool) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    sys.exit(main())
+    sys.exit(record(main)())  # an unexpected error of any process reaches torchrun's summary

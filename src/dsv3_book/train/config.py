@@ -6,6 +6,7 @@ All knobs of all presets are in this file. A run's settings are its preset's, ch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -154,7 +155,7 @@ class TrainConfig:
         """The report's schedules, stretched to this run."""
         b, o = self.batch, self.optim
         return Recipe(
-            total_tokens=tokens_in(self.steps, b.sequence_length, b.start, b.end),
+            total_tokens=tokens_in(self.steps, b.sequence_length, b.start, b.end, b.multiple),
             sequence_length=b.sequence_length,
             warmup_steps=o.warmup_steps,
             peak_lr=o.lr,
@@ -201,7 +202,7 @@ def _v3(model: str) -> dict[str, Any]:
     """The report's schedule (§4.2) for 14.8T tokens, whatever the model."""
     cfg = MODELS[model].replace(max_position_embeddings=4096, rope_scaling=None)  # pre-training is at length 4096
     b = Batch()
-    steps = round(REPORT_TOKENS / tokens_in(1, b.sequence_length, b.start, b.end))
+    steps = round(100_000 * REPORT_TOKENS / tokens_in(100_000, b.sequence_length, b.start, b.end, b.multiple))
     return {"model": cfg, "steps": steps, "dtype": "bf16", "every": Every(1000, 2, 1000, 4096)}
 
 
@@ -250,11 +251,16 @@ def from_command_line(argv: Sequence[str] | None = None, speak: bool = True) -> 
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--preset"):
             name = word.partition("=")[2] if "=" in word else following
-    return tyro.cli(
-        TrainConfig,
-        args=argv,
-        prog="python -m dsv3_book.train",
-        default=preset(name),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        console_outputs=speak,
-    )
+    default = preset(name)
+    with contextlib.ExitStack() as stack:
+        if not speak:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        return tyro.cli(
+            TrainConfig,
+            args=argv,
+            prog="python -m dsv3_book.train",
+            default=default,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )

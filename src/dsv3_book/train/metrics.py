@@ -58,8 +58,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """Everything a run reports, from the one process that speaks; the others hold a silent one (`folder` None).
 
-    `with metrics.after(step):` opens the files; within it, `step(...)` after each step, `validation(...)` and `say(...)`
-    in between.
+    `with metrics.after(step):` opens the files; within it, `step(...)` after each step, `validation(...)` and
+    `say(...)` in between.
     """
 
     def __init__(self, folder: Path | None, steps: int, routers: Sequence[str] = ()) -> None:

@@ -111,15 +111,28 @@ class Recipe:
         return tokens * (REPORT_TOKENS / self.total_tokens)
 
 
-def tokens_in(steps: int, sequence_length: int, batch_start: int, batch_end: int, ramp_until: float = 469e9) -> float:
-    """The length in tokens of a run of `steps` steps whose batch grows as `Recipe.batch` says (derived here).
+def tokens_in(steps: int, sequence_length: int, batch_start: int, batch_end: int, batch_multiple: int = 1) -> float:
+    """The length in tokens of a run of `steps` steps whose batch grows as the report's does: `Recipe.total_tokens`.
 
-    While the batch b grows linearly in tokens, db/dstep is proportional to b: exponential growth, which takes
-    ln(b₁/b₀)/(b₁−b₀) steps per sequence of the ramp; after it, 1/b₁ step per sequence. The sum of both over the whole
-    run is `steps`, which we solve for the run's sequences.
+    A length decides how fast the batch grows, and so how many tokens the steps see; we want the length they do see.
+    To begin with, a formula (derived here): while the batch b grows linearly in tokens, db/dstep is proportional to b,
+    which takes ln(b₁/b₀)/(b₁−b₀) steps per sequence of the ramp; after it, 1/b₁ step per sequence. Then the steps are
+    counted out a few times, since they keep their size while they last, and come in multiples.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    ramp = ramp_until / REPORT_TOKENS
+    ramp = Recipe.ramp_until / REPORT_TOKENS
     growth = math.log(batch_end / batch_start) / (batch_end - batch_start) if batch_end > batch_start else 1 / batch_end
-    return steps / (ramp * growth + (1 - ramp) / batch_end) * sequence_length
+    total = steps / (ramp * growth + (1 - ramp) / batch_end) * sequence_length
+    for _ in range(10):
+        recipe = Recipe(
+            total, sequence_length, batch_start=batch_start, batch_end=batch_end, batch_multiple=batch_multiple
+        )
+        seen = done = 0
+        while done < steps and (size := recipe.batch(seen)) < batch_end:
+            seen, done = seen + size * sequence_length, done + 1
+        seen += (steps - done) * batch_end * sequence_length
+        if seen == total:
+            break
+        total = float(seen)
+    return total

@@ -1,0 +1,4 @@
+from trainkit import corpus
+from workers import pool
+
+__all__ = ["corpus", "pool"]

@@ -1,0 +1,3 @@
+from trainkit import corpus
+
+__all__ = ["corpus"]
