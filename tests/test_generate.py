@@ -97,6 +97,19 @@ def test_folders_that_hold_no_model(tmp_path: Path, make, message: str, capsys: 
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
+def test_a_released_folder_without_a_fitting_tokenizer(
+    trained: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_pretrained(trained.model, tmp_path)
+    words = ["--checkpoint", str(tmp_path), "--prompt", "x"]
+    assert generate.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: no tokenizer at {tmp_path}") and said.count("\n") == 1
+    Tokenizer.train(["x"], trained.config.model.vocab_size + 1).save(tmp_path)
+    assert generate.main(words) == 2
+    assert "has more tokens than the model's" in capsys.readouterr().err
+
+
 def test_a_damaged_run_is_an_error_in_one_line(trained: Trainer, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     command = [sys.executable, "-m", "dsv3_book.generate", "--checkpoint", str(tmp_path), "--prompt", "x"]

@@ -33,6 +33,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: list[i
 def test_top_k_and_top_p_together() -> None:
     p = probabilities(LOGITS, top_k=2, top_p=0.9)  # of the two likeliest, renormalised: 2/3 and 1/3
     torch.testing.assert_close(p, torch.tensor([[0.0, 2 / 3, 0.0, 1 / 3]]))
+    only = probabilities(LOGITS, top_k=2, top_p=0.6)  # p is a share of what top_k left: 2/3 alone reaches it
+    assert torch.equal(only, torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
 
 
 @given(st.integers(0, 2**31), st.floats(0.01, 1), st.integers(1, 20), st.floats(0.1, 3))

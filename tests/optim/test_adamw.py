@@ -49,3 +49,21 @@ def test_state_made_early_changes_nothing() -> None:
     (a, x), (b, y) = results
     assert torch.equal(a, b) and all(torch.equal(x[name], y[name]) for name in x)
     assert x["w.step"].item() == 1
+
+
+def test_state_filled_in_place_goes_on_as_if_never_stopped() -> None:
+    def stepped(weight: nn.Parameter, optimizer: torch.optim.AdamW, grad: float) -> None:
+        weight.grad = torch.arange(6.0).view(2, 3) + grad
+        optimizer.step()
+
+    weight = nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+    optimizer = adamw([("w", weight)], lr=0.1)
+    stepped(weight, optimizer, 1.0)
+    copy = nn.Parameter(weight.detach().clone())
+    fresh = adamw([("w", copy)], lr=0.1)
+    saved = optimizer_tensors([("w", weight)], optimizer)
+    for name, empty in optimizer_tensors([("w", copy)], fresh).items():
+        empty.copy_(saved[name])
+    for w, o in ((weight, optimizer), (copy, fresh)):
+        stepped(w, o, -2.0)
+    assert torch.equal(weight, copy)
