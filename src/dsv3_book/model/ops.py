@@ -165,6 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dlogits = log_p.exp_().scatter_(1, target, log_p_target.exp_() - 1).to(x.dtype)
             dx[rows] = times_transposed(dlogits, w.t())
             _add_mm(dw, dlogits.t(), x[rows])
+            del log_p, dlogits  # or they would still be there while the next chunk's logits are made
         ctx.save_for_backward(dx.div_(x.shape[0]), dw.div_(x.shape[0]).to(weight.dtype))  # the mean
         return loss / x.shape[0]
 
