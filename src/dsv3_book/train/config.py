@@ -207,12 +207,14 @@ def _v3(model: str) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # A gentle learning rate: layouts are compared with it, and what rounding makes of one step grows with the rate
+    # (measured here: two processes stay within 1e-6 of one over 20 steps; at three times the rate, within 1e-1 at worst).
     "tiny": {
         "model": MODELS["tiny"],
         "steps": 20,
         "dtype": "fp32",
         "batch": Batch(sequence_length=32, start=8, end=16, multiple=8, micro=2),
-        "optim": Optim(lr=3e-3, warmup_steps=3),
+        "optim": Optim(lr=1e-3, warmup_steps=3),
         "text": Text(max_bytes=400_000, held_out=0.1),
         "every": Every(checkpoint=10, validation=10, validation_windows=8),
     },
