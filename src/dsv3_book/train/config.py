@@ -208,7 +208,7 @@ def _v3(model: str) -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # A gentle learning rate: layouts are compared with it, and what rounding makes of one step grows with the rate
-    # (measured here over 20 steps: two processes stay within 2e-6 of one; at three times the rate, within 1e-1 at worst).
+    # (measured here over 20 steps: two processes stay within 2e-6 of one; at three times the rate up to 1e-1 apart).
     "tiny": {
         "model": MODELS["tiny"],
         "steps": 20,
