@@ -91,6 +91,30 @@ def test_no_tensor_of_all_logits_exists():
     assert 0 < largest <= 8192 * 1024 / 4
 
 
+def test_a_chunk_is_gone_before_the_next_is_made():
+    """Two matrices of a chunk's logits are alive at a time: a third would be the chunk before, held by a name."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    rows, vocab, most = 16, 64, 0
+    alive: dict[int, StorageWeakRef] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() == 4 * rows * vocab:
+                    alive[t.untyped_storage()._cdata] = StorageWeakRef(t.untyped_storage())
+            most = max(most, sum(not ref.expired() for ref in alive.values()))
+            return out
+
+    x, w = noise(0, 5 * rows, 8).requires_grad_(), noise(1, vocab, 8).requires_grad_()
+    with Watch():
+        ops.linear_cross_entropy(x, w, torch.zeros(5 * rows, dtype=torch.int64), rows).backward()
+    assert most == 2
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_recomputed_gives_the_same_bits(enabled):
     x, w = noise(0, 6, 8).requires_grad_(), noise(1, 3, 8).requires_grad_()
