@@ -1,0 +1,218 @@
+"""What every FP8 operation computes, in plain torch: the definition the kernels are held to, and what a CPU runs.
+
+One rule makes all codes and scales (report §3.3.2; the floor and the non-finite values are our choice). For a tile:
+
+    amax  = the largest |x| over the tile's finite elements, fp32
+    scale = max(amax / 448, 2⁻¹²⁶)       with `pow2`: the smallest power of two that is no less
+    code  = E4M3(x / scale)              rounded to nearest even; NaN and ±inf become NaN
+
+so a tile of zeros has zero codes, and one bad value spoils itself but not its neighbours. On the way back a value is
+code · scale: scales multiply, as `weight_scale_inv` of the released files does. (Only values within a rounding of
+fp32's largest, 3.4e38, can come back infinite.) Tiles at an edge are short.
+
+Nothing here checks its arguments; `quantize` and `gemm`, which call it, do.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3_book.fp8.formats import ceil_power_of_two
+from dsv3_book.model.ops import times_transposed
+
+TILE = 128
+E4M3_MAX = 448.0
+MIN_SCALE = 2.0**-126  # the smallest normal fp32: 1 / scale stays finite
+
+
+# Scales and codes ----------------------------------------------------------------------------------------------------
+def scale_of(amax: Tensor, pow2: bool) -> Tensor:
+    """The scale of tiles with these largest magnitudes."""
+    scale = (amax / E4M3_MAX).clamp_min_(MIN_SCALE)
+    return ceil_power_of_two(scale) if pow2 else scale
+
+
+def _encode(tiles: Tensor, dims: tuple[int, ...], pow2: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales (reduced axes kept, of size 1) of tiles that span the axes `dims`."""
+    tiles = tiles.float()
+    amax = tiles.abs().amax(dims, keepdim=True)
+    if not amax.isfinite().all():  # the rare case pays for itself
+        bad = ~tiles.isfinite()
+        amax = tiles.masked_fill(bad, 0).abs().amax(dims, keepdim=True)
+        tiles = tiles.masked_fill(bad, torch.nan)
+    scale = scale_of(amax, pow2)
+    return (tiles / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def decode(codes: Tensor) -> Tensor:
+    """E4M3 codes as fp32, by table: on a CPU twice as fast as torch's cast."""
+    if codes.device.type != "cpu":
+        return codes.float()
+    return _VALUES.index_select(0, codes.contiguous().view(torch.uint8).flatten().int()).view(codes.shape)
+
+
+_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x with zeros behind, so that its last two axes are multiples of `rows` and `columns`."""
+    below, right = -x.shape[-2] % rows, -x.shape[-1] % columns
+    return F.pad(x, (0, right, 0, below)) if below or right else x
+
+
+# Quantisers ----------------------------------------------------------------------------------------------------------
+def quantize_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    """1×128 tiles of x [N, K]: codes [N, K], scale [N, ⌈K/128⌉]."""
+    N, K = x.shape
+    tiles = _padded(x, 1, TILE).reshape(N, -(-K // TILE), TILE)
+    codes, scale = _encode(tiles, (-1,), pow2)
+    return codes.flatten(1)[:, :K].contiguous(), scale.squeeze(-1)
+
+
+def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
+    """code · scale in fp32, for scales [N, ⌈K/128⌉]."""
+    N, K = codes.shape
+    values = decode(codes)
+    if K % TILE == 0:
+        return values.view(N, K // TILE, TILE).mul_(scale[:, :, None]).view(N, K)
+    return values.mul_(scale.repeat_interleave(TILE, 1)[:, :K])
+
+
+def quantize_blocks(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    """128×128 blocks of w [E, N, K]: codes [E, N, K], scale [E, ⌈N/128⌉, ⌈K/128⌉]."""
+    E, N, K = w.shape
+    nb, kb = -(-N // TILE), -(-K // TILE)
+    blocks = _padded(w, TILE, TILE).reshape(E, nb, TILE, kb, TILE)
+    codes, scale = _encode(blocks, (-1, -3), pow2)
+    return codes.view(E, nb * TILE, kb * TILE)[:, :N, :K].contiguous(), scale.view(E, nb, kb)
+
+
+def dequantize_blocks(codes: Tensor, scale: Tensor) -> Tensor:
+    """code · scale in fp32, for scales [E, ⌈N/128⌉, ⌈K/128⌉]."""
+    _, N, K = codes.shape
+    wide = scale.repeat_interleave(TILE, 2)[:, :, :K]
+    return decode(codes).mul_(wide.repeat_interleave(TILE, 1)[:, :N])
+
+
+def quantize_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale for all of x: codes like x, scale []."""
+    codes, scale = _encode(x.reshape(1, -1), (-1,), False)
+    return codes.view(x.shape), scale.view(())
+
+
+def rooms(counts: Tensor) -> list[int]:
+    """Where every expert's tokens start when each gets whole tiles of 128, and where the last one's end."""
+    starts = [0]
+    for n in counts.tolist():
+        starts.append(starts[-1] + n + -n % TILE)
+    return starts
+
+
+def total_rooms(N: int, E: int) -> int:
+    """Places enough for N tokens in E rooms, whoever gets them: a bound that needs no look at the counts."""
+    return (N + (TILE - 1) * E) // TILE * TILE
+
+
+def quantize_columns(x: Tensor, counts: Tensor | None, pow2: bool) -> tuple[Tensor, Tensor]:
+    """128×1 tiles down the tokens of x [N, D], stored transposed: codes [D, R], scale [D, ⌈R/128⌉].
+
+    Without counts R = N. With counts [E] every expert's tokens get a room of whole tiles, so that no tile holds tokens
+    of two experts, and R = total_rooms(N, E); places without a token are zero.
+    """
+    if counts is None:
+        return quantize_rows(x.t(), pow2)
+    N, D = x.shape
+    starts, first = rooms(counts), 0
+    roomy = x.new_zeros(starts[-1], D)
+    for start, n in zip(starts, counts.tolist(), strict=False):
+        roomy[start : start + n] = x[first : first + n]
+        first += n
+    R = total_rooms(N, len(counts))
+    codes = torch.zeros(D, R, dtype=torch.uint8, device=x.device).view(torch.float8_e4m3fn)
+    scale = torch.full((D, R // TILE), MIN_SCALE, device=x.device)
+    used = starts[-1]
+    codes[:, :used], scale[:, : used // TILE] = quantize_rows(roomy.t(), pow2)
+    return codes, scale
+
+
+def requantize_columns(codes: Tensor, scale: Tensor, counts: Tensor | None, pow2: bool) -> tuple[Tensor, Tensor]:
+    """From 1×128 tiles [N, D] to the transposed 128×1 tiles of `quantize_columns`: Wgrad's second quantisation."""
+    return quantize_columns(dequantize_rows(codes, scale), counts, pow2)
+
+
+def swiglu_quantize(gate: Tensor, up: Tensor, weight: Tensor | None, pow2: bool) -> tuple[Tensor, Tensor]:
+    """1×128 tiles of silu(gate) · up (· weight per row) [S, F], computed in fp32 and rounded to gate's dtype first."""
+    return quantize_rows(weighted_swiglu(gate, up, weight), pow2)
+
+
+def weighted_swiglu(gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
+    """silu(gate) · up (· weight per row), in fp32, rounded to gate's dtype at the end."""
+    h = F.silu(gate.float()).mul_(up.float())
+    if weight is not None:
+        h.mul_(weight.float()[:, None])
+    return h.to(gate.dtype)
+
+
+# Products ------------------------------------------------------------------------------------------------------------
+def gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """A·Bᵀ [M, N] of codes a [M, K], b [N, K]; b_scale by blocks [⌈N/128⌉, ⌈K/128⌉] or by rows [N, ⌈K/128⌉].
+
+    The scales are applied to the operands, not to the partial sums: the same number up to fp32 rounding, and one
+    product that every BLAS is good at. `gemm_by_tiles` is the algorithm of the report and of the kernels.
+    """
+    return times_transposed(dequantize_rows(a, a_scale), _dequantize_b(b, b_scale)).to(out_dtype)
+
+
+def gemm_by_tiles(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`gemm` as the report does it (§3.3.2): a partial sum per 128 of K, promoted to fp32 where both scales meet it."""
+    total = torch.zeros(a.shape[0], b.shape[0], device=a.device)
+    by_rows = b_scale if b_scale.shape[0] == b.shape[0] else b_scale.repeat_interleave(TILE, 0)[: b.shape[0]]
+    for t in range(a_scale.shape[1]):
+        k = slice(t * TILE, (t + 1) * TILE)
+        total += decode(a[:, k]) @ decode(b[:, k]).t() * a_scale[:, t, None] * by_rows[None, :, t]
+    return total.to(out_dtype)
+
+
+def _dequantize_b(b: Tensor, b_scale: Tensor) -> Tensor:
+    if b_scale.shape[0] == b.shape[0]:
+        return dequantize_rows(b, b_scale)
+    return dequantize_blocks(b[None], b_scale[None])[0]
+
+
+def grouped_gemm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Rows of a [S, K], sorted by expert, times that expert's b [E, N, K]ᵀ: [S, N]."""
+    out, first = a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype), 0
+    for e, n in enumerate(counts.tolist()):
+        if n:
+            rows = slice(first, first + n)
+            out[rows] = gemm(a[rows], a_scale[rows], b[e], b_scale[e], out_dtype)
+        first += n
+    return out
+
+
+def masked_gemm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """The same for a [E, room, K] of which the first counts[e] rows of expert e are real; the others give zeros."""
+    out = torch.zeros(*a.shape[:2], b.shape[1], dtype=out_dtype, device=a.device)
+    for e, n in enumerate(counts.tolist()):
+        if n:
+            out[e, :n] = gemm(a[e, :n], a_scale[e, :n], b[e], b_scale[e], out_dtype)
+    return out
+
+
+def grouped_wgrad(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Per expert A·Bᵀ over its room of tokens, a [N1, R], b [N2, R] from `quantize_columns`: [E, N1, N2]."""
+    out = torch.zeros(len(counts), a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
+    starts = rooms(counts)
+    for e, n in enumerate(counts.tolist()):
+        if n:
+            k, t = slice(starts[e], starts[e] + n), slice(starts[e] // TILE, starts[e + 1] // TILE)
+            out[e] = gemm(a[:, k], a_scale[:, t], b[:, k], b_scale[:, t], out_dtype)
+    return out
