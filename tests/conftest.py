@@ -7,12 +7,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
-from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
+import ast
 
-# Every function of the package checks its arguments' and results' types and shapes in the tests (and only there).
-install_import_hook("dsv3_book", "_typechecker.check")
+import jaxtyping._import_hook as import_hook
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when it is imported; torch doesn't do
+# that.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Every function of the package checks its arguments' and results' types and shapes in the tests (and only there); but
+# what `@triton.jit` decorates is a program for Triton to read, not a Python function: it stays as written.
+_is_no_type_check = import_hook._is_no_type_check
+import_hook._is_no_type_check = lambda node: (
+    (isinstance(node, ast.Attribute) and node.attr == "jit") or _is_no_type_check(node)
+)
+import_hook.install_import_hook("dsv3_book", "_typechecker.check")
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True)
