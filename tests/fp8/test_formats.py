@@ -1,5 +1,6 @@
 """The codecs: every code there and back, encode against torch's casts and against the nearest value of a table."""
 
+import bisect
 import math
 from fractions import Fraction
 
@@ -38,7 +39,8 @@ def nearest(fmt: Format, x: float) -> int:
     """By the definition, in exact fractions: the nearest of all finite values; of two as near, the even code."""
     magnitudes = _fractions(fmt)
     size = Fraction(abs(x))
-    code = min(range(len(magnitudes)), key=lambda c: (abs(magnitudes[c] - size), c % 2))
+    at = bisect.bisect(magnitudes, size)
+    code = min(range(max(0, at - 2), min(len(magnitudes), at + 2)), key=lambda c: (abs(magnitudes[c] - size), c % 2))
     return code | (int(math.copysign(1, x) < 0) << (fmt.bits - 1))
 
 
@@ -97,7 +99,6 @@ def test_encode_is_torchs_within_range(fmt, random):
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_encode_is_the_nearest_value(fmt):
     x = interesting(fmt)
-    x = x[:: max(1, len(x) // 1500)] if fmt is E5M6 else x
     assert fmt.encode(x).tolist() == [nearest(fmt, v) for v in x.tolist()]
 
 
