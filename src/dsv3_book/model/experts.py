@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,7 +16,12 @@ from dsv3_book.model.router import Router
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts, stored stacked [E, …] so that one grouped product serves them all."""
+    """E SwiGLU experts, stored stacked [E, …] so that one grouped product serves them all.
+
+    `product` computes them from (tokens, gates, counts, gate, up, down); assigning another one is how FP8 comes in.
+    """
+
+    product: Callable[..., Tensor] = staticmethod(grouped_swiglu)
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -25,7 +32,7 @@ class Experts(nn.Module):
 
     def forward(self, arrived: Arrived) -> Float[Tensor, "S D"]:
         """Every slot through its expert, times its gate. Rows are sorted by expert; none is dropped."""
-        return grouped_swiglu(*arrived, self.gate_proj, self.up_proj, self.down_proj)
+        return self.product(*arrived, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

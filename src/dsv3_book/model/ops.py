@@ -7,6 +7,7 @@ and accumulate, in fp32 (report §3.3: master weights, weight gradients and thei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,14 +94,19 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """y = x · weightᵀ without bias; `weight` is [out, in] as in the released files, and filled by `init_weights`."""
+    """y = x · weightᵀ without bias; `weight` is [out, in] as in the released files, and filled by `init_weights`.
+
+    `product` computes it from (x, weight). Assigning another one to a layer is how FP8 comes in.
+    """
+
+    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return self.product(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -115,8 +121,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def swiglu_network(
+    x: Float[Tensor, "*n D"], gate: Float[Tensor, "F D"], up: Float[Tensor, "F D"], down: Float[Tensor, "D F"]
+) -> Float[Tensor, "*n D"]:
+    """down(silu(gate(x)) · up(x)), from the three weights."""
+    return linear(swiglu(linear(x, gate), linear(x, up)), down)
+
+
 class SwiGLU(nn.Module):
-    """The dense feed-forward layer down(silu(gate(x)) · up(x)), also used for the shared experts."""
+    """The dense feed-forward layer down(silu(gate(x)) · up(x)), also used for the shared experts.
+
+    `product` computes it from (x, gate, up, down), the three weights, and can be replaced as `Linear`'s can.
+    """
+
+    product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = staticmethod(swiglu_network)
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -125,7 +143,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.product(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 def linear_cross_entropy(
