@@ -215,3 +215,14 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     optimizer.step()
     assert torch.equal(a, torch.ones(2, 2)) and (b < 1).all() and optimizer.state_of(b)["step"] == 1
     assert a not in optimizer.state
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_step_is_seen_by_the_parameters_version(moments: str) -> None:
+    """torch's fused step alone does not count, and FP8 codes kept by version would never be renewed."""
+    a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = adamw([("a", a), ("b", b)], lr=0.1, moments=moments)
+    a.grad = torch.ones(2, 2)
+    before = a._version, b._version
+    optimizer.step()
+    assert a._version > before[0] and b._version == before[1]

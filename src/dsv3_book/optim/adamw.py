@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIECE = {"cpu": 2**19, "cuda": 2**24}  # numbers updated at a time: on a CPU what its caches hold, on a GPU more
@@ -61,9 +62,19 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients; parameters without one are left alone."""
+        """One update from the gradients; parameters without one are left alone.
+
+        torch's fused update leaves the parameters' version counters as they were; here they count it, because what is
+        derived from a weight and kept (its FP8 codes) is known to be stale by them.
+        """
         if self.moments == torch.float32:
-            return super().step(closure)
+            loss = super().step(closure)
+        else:
+            loss = self._step_in_pieces(closure)
+        increment_version([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+        return loss
+
+    def _step_in_pieces(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
