@@ -145,7 +145,8 @@ def load(path: Path, tensors: Mapping[str, Tensor], parallel: DataParallel | Non
     """Fills `tensors` in place from the checkpoint at `path` (which `check` has passed).
 
     Raises:
-        CheckpointError: a name the checkpoint lacks, or a tensor of another shape, listing them.
+        CheckpointError: a name the checkpoint lacks, or a tensor of another shape or dtype, listing them. (torch would
+            convert silently.)
     """
     parallel = parallel or DataParallel()
     reader = _Reader(path)
@@ -156,8 +157,16 @@ def load(path: Path, tensors: Mapping[str, Tensor], parallel: DataParallel | Non
         for name, t in tensors.items()
         if name in known and tuple(known[name].size) != tuple(t.shape)
     ]
-    if missing or shapes:
-        raise CheckpointError(f"{path} does not fit: missing {missing or 'nothing'}; other shapes: {shapes or 'none'}")
+    types = [
+        f"{name} {known[name].properties.dtype} (here {t.dtype})"
+        for name, t in tensors.items()
+        if name in known and known[name].properties.dtype != t.dtype
+    ]
+    if missing or shapes or types:
+        raise CheckpointError(
+            f"{path} does not fit: missing {missing or 'nothing'}; other shapes: {shapes or 'none'}; other dtypes: "
+            f"{types or 'none'}"
+        )
     with _quiet():
         dcp.load(dict(tensors), storage_reader=reader, process_group=parallel.group, no_dist=parallel.size == 1)
 

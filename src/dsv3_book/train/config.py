@@ -23,6 +23,7 @@ from dsv3_book.config import ModelConfig, RopeScaling
 from dsv3_book.train.recipe import REPORT_TOKENS, Recipe, tokens_in
 
 Dtype = Literal["auto", "fp32", "bf16"]
+Moments = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Optim:
     """Of matrices; vectors do not decay."""
     clip: float = 1.0
     """The gradient's largest global norm."""
+    moments: Moments = "auto"
+    """In what AdamW's two moments rest between steps; auto: bf16 with --fp8, else fp32."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps in the whole run; all schedules are stretched to it."""
     dtype: Dtype = "auto"
-    """Of activations and matrix products (weights and optimiser are FP32); auto: bf16 where the machine computes it."""
+    """Of activations and matrix products (weights and gradients are FP32); auto: bf16 where the machine computes it."""
+    fp8: bool = False
+    """Products of linear layers and experts in FP8, outputs in --dtype (report §3.3). A CPU emulates it, slowly."""
     data: tuple[str, ...] = ()
     """Files, folders and globs of text; none: the Python standard library's source."""
     seed: int = 0
@@ -125,7 +130,7 @@ class TrainConfig:
     """Stop after this step as Ctrl-C would: save, and leave the rest for the next start."""
     prompt: str = "def "
     """What the sample at the end begins with."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: tyro.conf.FlagConversionOff[ModelConfig] = field(default_factory=ModelConfig)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     balance: Balance = field(default_factory=Balance)
@@ -150,6 +155,11 @@ class TrainConfig:
                 f"({self.model.max_position_embeddings})"
             )
         self.recipe()
+
+    @property
+    def moments(self) -> str:
+        """In what AdamW's moments rest: "fp32" or "bf16"."""
+        return moments_for(self.optim.moments, self.fp8)
 
     def recipe(self) -> Recipe:
         """The report's schedules, stretched to this run."""
@@ -198,12 +208,20 @@ class TrainConfig:
             raise ValueError(f"these are not the settings of a run of this version of dsv3_book: {error}") from None
 
 
+def moments_for(asked: str, fp8: bool) -> str:
+    """What `--optim.moments` means beside `--fp8` or without it."""
+    if asked != "auto":
+        return asked
+    return "bf16" if fp8 else "fp32"
+
+
 def _v3(model: str) -> dict[str, Any]:
     """The report's schedule (§4.2) for 14.8T tokens, whatever the model."""
     cfg = MODELS[model].replace(max_position_embeddings=4096, rope_scaling=None)  # pre-training is at length 4096
     b = Batch()
     steps = round(100_000 * REPORT_TOKENS / tokens_in(100_000, b.sequence_length, b.start, b.end, b.multiple))
-    return {"model": cfg, "steps": steps, "dtype": "bf16", "every": Every(1000, 2, 1000, 4096)}
+    every, optim = Every(1000, 2, 1000, 4096), Optim(moments="bf16")  # moments: report §3.3
+    return {"model": cfg, "steps": steps, "dtype": "bf16", "every": every, "optim": optim}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -264,5 +282,5 @@ def from_command_line(argv: Sequence[str] | None = None, speak: bool = True) -> 
             args=argv,
             prog="python -m dsv3_book.train",
             default=default,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 from dsv3_book import checkpoint
 from dsv3_book.data import Dataset, prepare
 from dsv3_book.parallel import DataParallel
-from dsv3_book.train.config import Dtype, TrainConfig
+from dsv3_book.train.config import Dtype, TrainConfig, moments_for
 
 SETTINGS, CHECKPOINTS = "run.json", "checkpoints"
 FREE = ("out", "pause_at", "prompt", "every")  # settings that change nothing that is computed
@@ -63,7 +63,8 @@ class RunFolder:
         """The checkpoint to go on from, or None for a new run.
 
         Raises:
-            ValueError: it is of another model, listing what differs, or further than this run is to go.
+            ValueError: it is of another model, listing what differs, or with other moments, or with --fp8 where this
+                run is without, or the reverse; or it is further than this run is to go.
             CheckpointError: there are checkpoints, and none is usable.
         """
         return self.parallel.first(self._find)
@@ -73,11 +74,20 @@ class RunFolder:
         if found is None:
             return None
         state = found[1]
-        before, now = state["config"], self.config.to_dict()
+        before, now = (_with_moments(c) for c in (state["config"], self.config.to_dict()))
         if different := checkpoint.differences(before["model"], now["model"]):
             raise ValueError(
                 f"{self.path} holds a run of another model ({'; '.join(different)}): give it the same model, or name "
                 "another --out"
+            )
+        if before["fp8"] != now["fp8"]:
+            with_it, remedy = ("with", "go on with it") if before["fp8"] else ("without", "go on without it")
+            raise ValueError(f"{self.path} was trained {with_it} --fp8: {remedy}, or name another --out")
+        moments, wanted = before["optim"]["moments"], now["optim"]["moments"]
+        if moments != wanted:
+            raise ValueError(
+                f"{self.path} holds AdamW's moments in {moments}, and this run wants {wanted}: go on with "
+                f"--optim.moments {moments}, or name another --out"
             )
         if state["step"] > self.config.steps:
             raise ValueError(
@@ -148,6 +158,12 @@ class RunFolder:
         config = self.config.to_dict() | {"pause_at": None}
         keep = self.config.every.keep
         return checkpoint.save(self.checkpoints, step, tensors, {**state, "config": config}, self.parallel, keep)
+
+
+def _with_moments(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with "auto" moments resolved, and those of a run of before there were FP8 and BF16 moments."""
+    fp8, optim = settings.get("fp8", False), {"moments": "fp32", **settings["optim"]}
+    return {**settings, "fp8": fp8, "optim": {**optim, "moments": moments_for(optim["moments"], fp8)}}
 
 
 def choose_dtype(asked: Dtype, device: torch.device) -> Dtype:

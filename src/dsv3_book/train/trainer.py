@@ -64,9 +64,13 @@ class Trainer:
         found = self.folder.find()
         self.data = self.folder.prepare(found)
         self.model = Transformer(config.model, seed=config.seed, compute_dtype=DTYPES[config.dtype]).to(parallel.device)
+        if config.fp8:
+            from dsv3_book.fp8.layers import use_fp8
+
+            use_fp8(self.model)
         self.parameters = list(self.model.parameters())
         o = config.optim
-        self.optimizer = adamw(self.model.named_parameters(), o.lr, o.betas, o.eps, o.weight_decay)
+        self.optimizer = adamw(self.model.named_parameters(), o.lr, o.betas, o.eps, o.weight_decay, config.moments)
         self.step = self.sequences = 0
         if found:
             self.load(*found)
@@ -81,8 +85,9 @@ class Trainer:
         if self.step == c.steps:
             return f"{c.out} is finished: all {c.steps} steps are done"
         begin = f"going on after step {self.step} of {c.steps}" if self.step else f"training {c.steps} steps"
+        precision = f"{'fp8 products, ' if c.fp8 else ''}{c.dtype}, {c.moments} moments"
         return (
-            f"{begin} in {c.out}: {numbers:,} parameters, {c.dtype}, {self.parallel.size} process(es) on "
+            f"{begin} in {c.out}: {numbers:,} parameters, {precision}, {self.parallel.size} process(es) on "
             f"{self.parallel.device.type} with {torch.get_num_threads()} thread(s) each"
         )
 
