@@ -14,6 +14,24 @@ except ImportError as missing:
         "with torch alone"
     ) from missing
 
+from dsv3_book.fp8.kernels.gemm import gemm
+from dsv3_book.fp8.kernels.grouped_gemm import grouped_gemm, masked_gemm
+from dsv3_book.fp8.kernels.grouped_wgrad import grouped_wgrad
+from dsv3_book.fp8.kernels.quantize_blocks import quantize_blocks
+from dsv3_book.fp8.kernels.quantize_columns import quantize_columns, requantize_columns
 from dsv3_book.fp8.kernels.quantize_rows import quantize_rows
+from dsv3_book.fp8.kernels.quantize_tensor import quantize_tensor
+from dsv3_book.fp8.kernels.swiglu_quantize import swiglu_quantize
 
-__all__ = ["quantize_rows"]
+__all__ = [
+    "gemm",
+    "grouped_gemm",
+    "grouped_wgrad",
+    "masked_gemm",
+    "quantize_blocks",
+    "quantize_columns",
+    "quantize_rows",
+    "quantize_tensor",
+    "requantize_columns",
+    "swiglu_quantize",
+]

@@ -1,0 +1,137 @@
+"""How the products are launched: tile shapes to choose from, TMA descriptors, and how many programs."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dsv3_book.fp8.kernels.casts import INTERPRETED
+from dsv3_book.fp8.kernels.launch import TILE
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory a program can have on Hopper."""
+
+BAND = 8
+"""Tiles down before the next column of tiles: see `contract.place`."""
+
+
+def config(
+    block_m: int, block_n: int, stages: int, warps: int = 4, wide: bool = False, specialised: bool = False
+) -> triton.Config:
+    """One candidate: its tile (block_m rows, block_n or, wide, twice block_n columns) and how it is computed."""
+    shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WIDE": wide, "SPECIALISED": specialised}
+    return triton.Config(shape, num_stages=stages, num_warps=warps, pre_hook=set_descriptor_blocks)
+
+
+def set_descriptor_blocks(arguments: dict[str, Any]) -> None:
+    """The copy engine's tile is part of a descriptor, so it is set once the tile's shape is known."""
+    arguments["a_tma"].block_shape = [arguments["BLOCK_M"], TILE]
+    arguments["b_tma"].block_shape = [arguments["BLOCK_N"], TILE]
+
+
+# Found by compiling for sm_90 and reading registers, spills and waits (`compiled` prints them; a test keeps watch). A
+# group of four warps has 232 registers a thread once specialised: two sums of 64×128 take 128, one partial sum 64.
+CONFIGS = (
+    config(128, 128, 3, wide=True, specialised=True),  # 128×256: least traffic from L2 for each multiplication
+    config(128, 128, 4, specialised=True),
+    config(128, 128, 5, specialised=True),
+    config(128, 128, 4, warps=8),
+    config(64, 128, 3),  # two programs on an SM
+    config(64, 128, 4),
+    config(64, 64, 6),
+)
+INTERPRETED_CONFIG = config(64, 64, 1)
+
+
+def shared_bytes(candidate: triton.Config, out_bytes: int) -> int:
+    """What a candidate needs: the tiles on their way, one tile on its way out, some barriers."""
+    shape = candidate.kwargs
+    width = shape["BLOCK_N"] * (2 if shape["WIDE"] else 1)
+    loads = candidate.num_stages * (shape["BLOCK_M"] + width) * TILE
+    return loads + shape["BLOCK_M"] * shape["BLOCK_N"] * out_bytes + 1024
+
+
+def possible(candidate: triton.Config, by_blocks: bool, out_bytes: int) -> bool:
+    """Does it fit in shared memory, and in registers? A scale for each of 256 columns would take 64 of these."""
+    return shared_bytes(candidate, out_bytes) <= SHARED_MEMORY and (by_blocks or not candidate.kwargs["WIDE"])
+
+
+def worth_measuring(configs: Sequence[triton.Config], arguments: dict[str, Any], **more: Any) -> list[triton.Config]:
+    """The candidates that are possible, without rows of tiles mostly empty, or tiles small without need."""
+    arguments = {**arguments, **more}
+    rows, by_blocks, out_bytes = arguments["size_class"], arguments["B_BLOCKS"], arguments["c"].element_size()
+
+    def worth(candidate: triton.Config) -> bool:
+        too_high = rows <= 64 < candidate.kwargs["BLOCK_M"]
+        too_small = rows > 512 and candidate.kwargs["BLOCK_N"] < 128
+        return possible(candidate, by_blocks, out_bytes) and not too_high and not too_small
+
+    return [candidate for candidate in configs if worth(candidate)]
+
+
+def autotuned(kernel: Any) -> Any:
+    """Measures the candidates on the first call of each size class and shape, and remembers the fastest."""
+    configs = [INTERPRETED_CONFIG] if INTERPRETED else list(CONFIGS)
+    keys = [name for name in ("size_class", "M", "N", "K", "E", "B_BLOCKS", "SPLITS") if name in kernel.arg_names]
+    prune = {} if INTERPRETED else {"early_config_prune": worth_measuring}
+    return triton.autotune(configs, keys, prune_configs_by=prune)(kernel)
+
+
+def size_class(rows: int) -> int:
+    """Rows up to the next power of two: batches that differ by a token don't measure again."""
+    return max(triton.next_power_of_2(rows), 16)
+
+
+def for_tma(x: Tensor) -> Tensor:
+    """x [rows, K] with rows that start at multiples of 16 bytes, as TMA needs: itself, or a copy with room behind."""
+    if x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
+        return x
+    rows, K = x.shape
+    padded = torch.empty(rows, K + -K % 16, dtype=x.dtype, device=x.device)[:, :K]
+    padded.view(torch.uint8).copy_(x.view(torch.uint8))
+    return padded
+
+
+def descriptor(x: Tensor) -> TensorDescriptor:
+    """A TMA descriptor of x; `set_descriptor_blocks` sets its tile."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [TILE, TILE])
+
+
+def allocate_descriptors() -> None:
+    """Kernels that make descriptors themselves need a little memory for them on the device: torch gives it."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 in the interpreter, so that persistent loops and split sums are exercised there."""
+    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def per_processor(shape: dict[str, Any]) -> int:
+    """Programs of this tile shape that fit on an SM together."""
+    return 2 if shape["BLOCK_M"] <= 64 else 1
+
+
+def programs(device: torch.device, units: Callable[[dict[str, Any]], int]) -> Callable[[dict[str, Any]], tuple[int]]:
+    """A grid of as many programs as run at once, or as there are units of work."""
+    return lambda shape: (min(units(shape), processors(device) * per_processor(shape)),)
+
+
+def width(shape: dict[str, Any]) -> int:
+    """Columns of a tile."""
+    return shape["BLOCK_N"] * (2 if shape["WIDE"] else 1)
+
+
+def split_count(M: int, N: int, K: int, device: torch.device) -> int:
+    """Into how many parts to cut K so that a product with few tiles (small M) still occupies every SM.
+
+    It depends on the shape and the GPU, not on what autotuning chose, so neither do the result's last bits.
+    """
+    tiles = triton.cdiv(M, 64 if M <= 64 else 128) * triton.cdiv(N, TILE)
+    wanted = min(2 * processors(device) // tiles, triton.cdiv(K, TILE) // 4, 8)
+    return 1 << max(wanted, 1).bit_length() - 1
