@@ -71,7 +71,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *kept, gates, counts = ctx.saved_tensors
-        w_gate, w_up, w_down = ctx.quantised
+        weights: tuple[QuantisedWeight, ...] = ctx.quantised
+        w_gate, w_up, w_down = weights
         x, g, u = pairs(tuple(kept))
         dtype, weight = grads[0].dtype, gates.float()[:, None]
         dy = quantize_activation(grads[0], pow2=True)  # as the gradient would travel
@@ -81,8 +82,8 @@ class _Experts(torch.autograd.Function):
         dgates = torch.linalg.vecdot(h, dh).to(gates.dtype)
         dx = grouped_fp8_gemm(*quantize_activation(dg, pow2=True), *w_gate.transposed, counts, dtype)
         dx += grouped_fp8_gemm(*quantize_activation(du, pow2=True), *w_up.transposed, counts, dtype)
-        columns = [quantize_columns(t, counts, pow2=True) for t in (h * weight, dg, du)]
-        return dx, dgates, None, *experts_wgrad(x, *columns, dy, counts), None
+        hc, dgc, duc = (quantize_columns(t, counts, pow2=True) for t in (h * weight, dg, du))
+        return dx, dgates, None, *experts_wgrad(x, hc, dgc, duc, dy, counts), None
 
 
 def experts_wgrad(

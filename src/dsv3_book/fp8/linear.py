@@ -10,12 +10,15 @@ what was kept and of dy's codes, so that a schedule can put it off.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dsv3_book.fp8.gemm import fp8_gemm
 from dsv3_book.fp8.quantize import (
@@ -55,6 +58,7 @@ class WeightCache:
     """A weight in FP8, made again only when the weight has changed: micro-batches of a step share it."""
 
     def __init__(self) -> None:
+        _watch_optimizers()
         self.seen: tuple[Tensor, int] | None = None
 
     def __call__(self, weight: Tensor) -> QuantisedWeight:
@@ -67,6 +71,16 @@ class WeightCache:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()  # a copied model has weights of its own
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Lets every optimiser's step count in the versions of its parameters: torch's fused ones change them silently."""
+
+    def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        increment_version([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+
+    register_optimizer_step_post_hook(stepped)
 
 
 # Linear --------------------------------------------------------------------------------------------------------------
@@ -95,10 +109,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        quantised: QuantisedWeight = ctx.quantised
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = fp8_gemm(*quantize_activation(dy), *ctx.quantised.transposed, dy.dtype).view(ctx.shape)
+            dx = fp8_gemm(*quantize_activation(dy), *quantised.transposed, dy.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             width = ctx.shape[-1] if ctx.after_attention else None
             dw = linear_wgrad(quantize_columns(dy), ctx.saved_tensors, width)
@@ -145,7 +160,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        w_gate, w_up, w_down = ctx.quantised
+        weights: tuple[QuantisedWeight, ...] = ctx.quantised
+        w_gate, w_up, w_down = weights
         x, g, u = pairs(ctx.saved_tensors)
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         dh = fp8_gemm(*quantize_activation(dy), *w_down.transposed, dy.dtype)
