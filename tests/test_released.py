@@ -2,7 +2,7 @@
 
 from dsv3_book.config import ModelConfig
 from dsv3_book.model import Transformer
-from dsv3_book.released import released_shapes
+from dsv3_book.released import in_fp8, released_shapes, scale_shape
 
 
 def pattern_of_the_released_index() -> dict[str, list[int]]:
@@ -32,6 +32,36 @@ def pattern_of_the_released_index() -> dict[str, list[int]]:
     names |= {mtp + "enorm.weight": [7168], mtp + "hnorm.weight": [7168], mtp + "eh_proj.weight": [7168, 14336]}
     names |= {mtp + "shared_head.norm.weight": [7168], mtp + "shared_head.head.weight": [129280, 7168]}
     return names | {mtp + "embed_tokens.weight": [129280, 7168]}
+
+
+def scales_of_the_released_index() -> dict[str, list[int]]:
+    """Names and shapes of the index's `weight_scale_inv`: its weights in FP8, written down in the same way."""
+    scales = {}
+    for layer in range(62):
+        at = f"model.layers.{layer}."
+        scales |= {
+            at + "self_attn.q_a_proj.weight_scale_inv": [12, 56],
+            at + "self_attn.q_b_proj.weight_scale_inv": [192, 12],
+            at + "self_attn.kv_a_proj_with_mqa.weight_scale_inv": [5, 56],  # 576 rows: four blocks and a half
+            at + "self_attn.kv_b_proj.weight_scale_inv": [256, 4],
+            at + "self_attn.o_proj.weight_scale_inv": [56, 128],
+        }
+        blocks = [("mlp.", 144)] if layer < 3 else [("mlp.shared_experts.", 16)]
+        if layer >= 3:
+            blocks += [(f"mlp.experts.{e}.", 16) for e in range(256)]
+        for stem, width in blocks:
+            scales[at + stem + "gate_proj.weight_scale_inv"] = [width, 56]
+            scales[at + stem + "up_proj.weight_scale_inv"] = [width, 56]
+            scales[at + stem + "down_proj.weight_scale_inv"] = [56, width]
+    return scales
+
+
+def test_v3_in_fp8_has_the_released_scales():
+    model = Transformer(ModelConfig.preset("v3-671b"), device="meta")
+    shapes = released_shapes(model)
+    ours = {f"{name}_scale_inv": list(scale_shape(shape)) for name, shape in shapes.items() if in_fp8(name)}
+    assert ours == scales_of_the_released_index()
+    assert len(shapes) + len(ours) == 91_991  # tensors in the released index
 
 
 def test_v3_on_the_meta_device_has_the_released_names_and_shapes():

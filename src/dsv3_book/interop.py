@@ -5,13 +5,9 @@ Nothing here unpickles: `*.bin`, `*.pt` and `*.pth` can run code when they are l
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +16,34 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsv3_book.config import ModelConfig
+from dsv3_book.fp8 import dequantize_weight, quantize_weight
 from dsv3_book.model import Transformer
 from dsv3_book.released import (
     CONFIG,
+    FP8,
     INDEX,
+    QUANTIZATION,
+    SCALE,
     SINGLE,
     Header,
+    check_quantization,
     header,
+    in_fp8,
     mtp_copies,
     open_file,
     read,
     released_names,
     released_shapes,
+    replacing,
+    scale_shape,
     some,
+    split_scales,
     tensors_of,
     weight_files,
+    write_json,
 )
 
-_OURS = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d+-of-\d+\.safetensors")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, FP8: torch.bfloat16}  # what a model holds for each
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -50,16 +55,19 @@ def load_pretrained(
 ) -> Transformer:
     """The model in a released-format folder, read tensor by tensor: at its peak it holds the model and one shard.
 
+    FP8 weights become code · scale, computed in fp32.
+
     Args:
         directory: with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
-        dtype: of the parameters: fp32 to train on, or None for what each tensor has in the file (fp32 or bf16).
-            Routing biases are always fp32.
+        dtype: of the parameters: fp32 to train on, or None for what each tensor has in the file (fp32 or bf16; bf16
+            where it has FP8). Routing biases are always fp32.
         compute_dtype: of activations; None for that of the embedding.
         mtp: False leaves out the MTP modules, for folders that lack them (transformers drops them when it saves).
 
     Raises:
         FileNotFoundError: no such folder, no config, no weights, or a shard that the index names.
-        ValueError: a damaged file (named); missing, unknown or wrongly shaped tensors (all listed in one error); FP8.
+        ValueError: a damaged file (named); missing, unknown or wrongly shaped tensors, FP8 weights and
+            scales that do not belong together (all listed in one error); another quantisation than the released one.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -71,8 +79,8 @@ def load_pretrained(
         cfg = cfg.replace(num_nextn_predict_layers=0)
     model = Transformer(cfg, device="meta")
     files = weight_files(directory)
-    found = {path: header(path) for path in files}
-    _refuse_fp8(directory, found)
+    check_quantization(directory)
+    found, scales = split_scales({path: header(path) for path in files})
     _check_names(model, directory, found, skipped)
 
     names, copies, state = released_names(model), mtp_copies(cfg), tensors_of(model)
@@ -84,7 +92,11 @@ def load_pretrained(
                 ours, row = names[name]
                 if ours not in loaded:
                     loaded[ours] = torch.empty(state[ours].shape, dtype=kinds[ours])
-                (loaded[ours] if row is None else loaded[ours][row]).copy_(read(file, name, path))
+                place = loaded[ours] if row is None else loaded[ours][row]
+                if name in scales:
+                    place.copy_(dequantize_weight(read(file, name, path), _scale(file, name, path, scales[name][0])))
+                else:
+                    place.copy_(read(file, name, path))
     for ours, tensor in loaded.items():
         _assign(model, ours, tensor)
     _check_copies(model, found, copies)
@@ -114,17 +126,12 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def _refuse_fp8(directory: Path, found: dict[Path, Header]) -> None:
-    kinds = {dtype: (name, path) for path, tensors in found.items() for name, (_, dtype) in tensors.items()}
-    scaled = any(name.endswith("weight_scale_inv") for tensors in found.values() for name in tensors)
-    if scaled or any(kind.startswith("F8") for kind in kinds):
-        raise ValueError(
-            f"{directory} holds FP8 weights with block scales (weight_scale_inv): Part II of the book brings them; "
-            "until then load a bf16 copy of the checkpoint"
-        )
-    if others := sorted(set(kinds) - set(_DTYPES)):
-        name, path = kinds[others[0]]
-        raise ValueError(f"{path}: {name} is of type {others[0]}; weights may be {' or '.join(_DTYPES)}")
+def _scale(file: Any, name: str, path: Path, where: Path) -> Tensor:
+    """The scales of an FP8 weight, in the weight's own file or, where a folder was cut up otherwise, in another."""
+    if where == path:
+        return read(file, name + SCALE, path)
+    with open_file(where) as other:
+        return read(other, name + SCALE, where)
 
 
 def _check_names(model: Transformer, directory: Path, found: dict[Path, Header], skipped: set[str]) -> None:
@@ -186,17 +193,17 @@ def save_pretrained(
     Args:
         model: the whole model, not a pipeline stage.
         directory: where to; created if missing.
-        fp8: not yet possible.
-        dtype: fp32 or bf16 for every weight; None keeps each as it is. Routing biases are always fp32.
+        fp8: as V3 was released: attention's and the feed-forward networks' matrices as E4M3 codes with an fp32 scale
+            (`weight_scale_inv`) for every block of 128×128; the rest in bf16, unless `dtype` says fp32.
+        dtype: fp32 or bf16 for every weight that is not in FP8; None keeps each as it is. Routing biases are always
+            fp32.
         shard_bytes: above this size the weights are split into several files with an index.
         tokenizer: a `tokenizer.json` to copy along.
 
     Raises:
-        ValueError: `fp8`, another `dtype`, a stage of a model, or a path that is not a folder.
+        ValueError: another `dtype`, a stage of a model, or a path that is not a folder.
         FileNotFoundError: no such tokenizer.
     """
-    if fp8:
-        raise ValueError("fp8=True needs the FP8 formats of Part II; save with dtype=torch.bfloat16 or torch.float32")
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"cannot save as {dtype}: choose torch.bfloat16, torch.float32 or None")
     if model.part.layers != range(model.cfg.num_hidden_layers) or not (model.part.embed and model.part.head):
@@ -204,19 +211,29 @@ def save_pretrained(
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise FileNotFoundError(f"tokenizer {tokenizer} does not exist")
     views = _released_views(model)
-    sizes = {name: view.numel() * _kind(name, view, dtype).itemsize for name, view in views.items()}
-    with _replacing(Path(directory)) as folder:
+    codes = {name for name in views if fp8 and in_fp8(name)}
+    dtype = torch.bfloat16 if fp8 and dtype is None else dtype
+    sizes = {
+        n: _bytes(view.shape) if n in codes else view.numel() * _kind(n, view, dtype).itemsize
+        for n, view in views.items()
+    }
+    with replacing(Path(directory)) as folder:
         shards = _plan(sizes, shard_bytes)
+        weight_map: dict[str, str] = {}
         for file, names in shards.items():
-            # Copies, because safetensors refuses names that share memory, as the MTP layers' do.
-            shard = {n: views[n].to("cpu", _kind(n, views[n], dtype), copy=True).contiguous() for n in names}
+            shard: dict[str, Tensor] = {}
+            for n in names:
+                if n in codes:
+                    shard[n], shard[n + SCALE] = (t.cpu() for t in quantize_weight(views[n]))
+                else:  # a copy, because safetensors refuses names that share memory, as the MTP layers' do
+                    shard[n] = views[n].to("cpu", _kind(n, views[n], dtype), copy=True).contiguous()
             save_file(shard, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)
+            weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
-            weight_map = {name: file for file, names in shards.items() for name in names}
-            _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-        kind = str(dtype or model.embed_tokens.weight.dtype).removeprefix("torch.")
-        _write_json(folder / CONFIG, model.cfg.to_hf() | {"torch_dtype": kind})
+            write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        config = model.cfg.to_hf() | {"torch_dtype": str(dtype or views["lm_head.weight"].dtype).removeprefix("torch.")}
+        write_json(folder / CONFIG, config | ({"quantization_config": QUANTIZATION} if fp8 else {}))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
@@ -228,6 +245,11 @@ def _released_views(model: Transformer) -> dict[str, Tensor]:
         n: tensors[ours] if row is None else tensors[ours][row] for n, (ours, row) in released_names(model).items()
     }
     return views | {copy: views[original] for copy, original in mtp_copies(model.cfg).items()}
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    """Of a weight in FP8: a byte a code, four a scale."""
+    return math.prod(shape) + 4 * math.prod(scale_shape(shape))
 
 
 def _kind(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -247,45 +269,3 @@ def _plan(sizes: dict[str, int], shard_bytes: int) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new folder to write to, which takes `target`'s place when the block ends well and vanishes when it doesn't.
-
-    A folder cannot be exchanged in one step, so the old one steps aside for the moment between two renames; a crash in
-    that moment leaves it beside, whole, as `.NAME.old`. Its other files move over to the new one.
-    """
-    target = target.resolve()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: give a folder to save to")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.old"
-    _settle(aside, target)  # in case an earlier save was cut between its renames
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
-    try:
-        fresh.chmod(0o755)
-        yield fresh
-        if target.exists():
-            target.rename(aside)
-        fresh.rename(target)
-        _settle(aside, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _settle(aside: Path, target: Path) -> None:
-    """What stepped aside comes back if nothing took its place; else its other files move over and it goes."""
-    if not aside.exists():
-        return
-    if not target.exists():
-        aside.rename(target)
-        return
-    for entry in aside.iterdir():
-        if not _OURS.fullmatch(entry.name) and not (target / entry.name).exists():
-            entry.rename(target / entry.name)
-    shutil.rmtree(aside)
