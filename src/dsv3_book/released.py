@@ -67,7 +67,7 @@ def released_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 def in_fp8(name: str) -> bool:
-    """Whether the released files hold this weight in FP8: the projections of attention and of feed-forward networks, and
+    """Whether the released files hold this weight in FP8: projections of attention and of feed-forward networks, and
     not the embedding, head, norms, the router (`mlp.gate`), or MTP's `eh_proj`."""
     return _IN_FP8.search(name) is not None
 
