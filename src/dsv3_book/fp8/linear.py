@@ -105,7 +105,7 @@ class _Linear(torch.autograd.Function):
         codes = quantize_activation(flat, pow2=after_attention)
         ctx.quantised, ctx.after_attention, ctx.shape = quantised, after_attention, x.shape
         ctx.save_for_backward(*(quantize_e5m6(flat) if after_attention else codes))
-        return fp8_gemm(*codes, *quantised.blocks, x.dtype).view(*x.shape[:-1], -1)
+        return fp8_gemm(*codes, *quantised.blocks, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
