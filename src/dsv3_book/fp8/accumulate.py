@@ -14,7 +14,7 @@ again from zero, which is the report's repair (§3.3.2). There is no other round
 
 **What is known, and what is ours.** The report (§3.3.2, §3.5.2) gives: 32 products aligned by right shifts to the
 largest exponent, the highest 14 bits kept, the rest truncated, sums kept in registers of that precision, an error up
-to about 2 % at K = 4096. arXiv 2411.10958 (§3.2) measured a register of one sign, eight exponent and 13 mantissa
+to about 2 % at K = 4096. arXiv 2411.10958 measured a register of one sign, eight exponent and 13 mantissa
 bits, whose further bits are cut: 14 significant bits, `bits=14` here. arXiv 2511.10909 and 2512.07004 publish models
 that agree with an H100 bit for bit, of this kind. Ours was written from the report's description, was *not* compared
 with a GPU, and points 1 (exponents before normalisation), 3 and the direction of the cut are our reading of it.
@@ -22,14 +22,17 @@ with a GPU, and points 1 (exponents before normalisation), 3 and the direction o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from jaxtyping import Float8e4m3fn, Float32
+from jaxtyping import Float, Float8e4m3fn, Float32, Int
 from torch import Tensor
 
 STEP = 32  # products that one fp8 wgmma (k32) sums at once
 HOPPER_BITS = 14
+
+Cut = Callable[[Tensor], Tensor]  # torch.trunc or torch.floor
 
 
 def accumulate(
@@ -63,15 +66,25 @@ def accumulate(
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32)
     for s in range(av.shape[1]):
         products = av[:, None, s] * bv[None, :, s]  # [M, N, step], exact
-        exponent = (ae[:, None, s] + be[None, :, s]).amax(-1)
-        exponent = torch.maximum(exponent, _exponent(register))
-        unit = _power_of_two(exponent - (bits - 1))
-        whole = cut(products.mul_(_power_of_two(bits - 1 - exponent)[..., None])).sum(-1) + cut(register / unit)
-        register = _significant(whole, bits, cut) * unit
+        register = add_step(register, products, ae[:, None, s] + be[None, :, s], bits, cut)
         if promote_every is not None and (s + 1) * step % promote_every == 0:
             total += register.float()
             register = torch.zeros_like(register)
     return total + register.float() if promote_every is not None else register.float()
+
+
+def add_step(
+    register: Float[Tensor, "M N"],
+    products: Float[Tensor, "M N step"],
+    exponents: Int[Tensor, "M N step"],
+    bits: int,
+    cut: Cut,
+) -> Float[Tensor, "M N"]:
+    """Points 2 to 4 of the model: what the register holds after one step's products."""
+    largest = torch.maximum(exponents.amax(-1), _exponent(register))
+    unit = _power_of_two(largest - (bits - 1))
+    whole = cut(products / unit[..., None]).sum(-1) + cut(register / unit)
+    return _significant(whole, bits, cut) * unit
 
 
 def hopper_tolerance(K: int, guaranteed: bool = False) -> float:
@@ -114,8 +127,8 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
-def _significant(whole: Tensor, bits: int, cut: object) -> Tensor:
+def _significant(whole: Tensor, bits: int, cut: Cut) -> Tensor:
     """Integers cut to their `bits` leading bits."""
     drop = (_exponent(whole) - (bits - 1)).clamp(min=0)
     unit = _power_of_two(drop)
-    return cut(whole / unit) * unit  # type: ignore[operator]
+    return cut(whole / unit) * unit
