@@ -84,7 +84,9 @@ def store(c, tile, row, rows_end, column, columns_end, stride, BLOCK_M: tl.const
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     inside = (rows < rows_end)[:, None] & (columns < columns_end)[None, :]
-    tl.store(c + rows.to(tl.int64)[:, None] * stride + columns[None, :], narrow(tile, c.dtype.element_ty), inside)
+    c += row.to(tl.int64) * stride + column  # one address for the tile and small offsets take fewer registers than many
+    offsets = tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(c + offsets, narrow(tile, c.dtype.element_ty), inside)
 
 
 @triton.jit

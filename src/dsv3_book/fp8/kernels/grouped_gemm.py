@@ -4,6 +4,8 @@ Nothing here looks at the counts from the CPU: the kernels are persistent, and e
 expert its next tile belongs to and how many rows are real.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -114,7 +116,7 @@ def grouped_gemm(
         return c.zero_()
     a, b, a_scale, b_scale = for_tma(a), for_tma(b.reshape(E * N, K)), a_scale.contiguous(), b_scale.contiguous()
 
-    def units(shape: dict[str, int]) -> int:  # no more than there would be if every expert's last tile had one row
+    def units(shape: dict[str, Any]) -> int:  # no more than there would be if every expert's last tile had one row
         return (triton.cdiv(S, shape["BLOCK_M"]) + E) * triton.cdiv(N, width(shape))
 
     with on_device_of(a):
@@ -144,7 +146,7 @@ def masked_gemm(
     a, b = for_tma(a.reshape(E * room, K)), for_tma(b.reshape(E * N, K))
     a_scale, b_scale = a_scale.contiguous(), b_scale.contiguous()
 
-    def units(shape: dict[str, int]) -> int:
+    def units(shape: dict[str, Any]) -> int:
         return E * triton.cdiv(room, shape["BLOCK_M"]) * triton.cdiv(N, width(shape))
 
     with on_device_of(a):

@@ -1,5 +1,7 @@
 """Weight gradients of all experts: each contracts its own tokens, which lie in its room of both operands' columns."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -65,7 +67,7 @@ def grouped_wgrad(
     counts: Int[Tensor, " E"],
     out_dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "E M N"]:
-    """Per expert A·Bᵀ over its room, a and b from `quantize_columns(…, counts)`: [E, M, N]; zeros where no tokens are."""
+    """Per expert A·Bᵀ over its room, a and b from `quantize_columns(…, counts)`: [E, M, N]; zeros without tokens."""
     (M, R), N, E = a.shape, b.shape[0], len(counts)
     c = torch.empty(E, M, N, dtype=out_dtype, device=a.device)
     if not c.numel():
@@ -74,7 +76,7 @@ def grouped_wgrad(
         return c.zero_()
     a, b, a_scale, b_scale = for_tma(a), for_tma(b), a_scale.contiguous(), b_scale.contiguous()
 
-    def units(shape: dict[str, int]) -> int:
+    def units(shape: dict[str, Any]) -> int:
         return E * triton.cdiv(M, shape["BLOCK_M"]) * triton.cdiv(N, width(shape))
 
     with on_device_of(a):

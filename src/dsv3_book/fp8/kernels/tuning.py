@@ -56,19 +56,25 @@ def shared_bytes(candidate: triton.Config, out_bytes: int) -> int:
 
 
 def possible(candidate: triton.Config, by_blocks: bool, out_bytes: int) -> bool:
-    """Does it fit in shared memory, and in registers? A scale for each of 256 columns would take 64 of these."""
-    return shared_bytes(candidate, out_bytes) <= SHARED_MEMORY and (by_blocks or not candidate.kwargs["WIDE"])
+    """Does it fit in shared memory, and in registers? Twice as wide does only with one scale for 128 columns of B, not
+    one each, and with a result of two bytes, which leaves through half as many."""
+    wide_fits = by_blocks and out_bytes == 2
+    return shared_bytes(candidate, out_bytes) <= SHARED_MEMORY and (wide_fits or not candidate.kwargs["WIDE"])
 
 
 def worth_measuring(configs: Sequence[triton.Config], arguments: dict[str, Any], **more: Any) -> list[triton.Config]:
     """The candidates that are possible, without rows of tiles mostly empty, or tiles small without need."""
     arguments = {**arguments, **more}
-    rows, by_blocks, out_bytes = arguments["size_class"], arguments["B_BLOCKS"], arguments["c"].element_size()
+    rows, c = arguments["size_class"], arguments["c"]
+    hopper = torch.cuda.get_device_capability(c.device)[0] == 9
 
     def worth(candidate: triton.Config) -> bool:
-        too_high = rows <= 64 < candidate.kwargs["BLOCK_M"]
-        too_small = rows > 512 and candidate.kwargs["BLOCK_N"] < 128
-        return possible(candidate, by_blocks, out_bytes) and not too_high and not too_small
+        shape = candidate.kwargs
+        too_high = rows <= 64 < shape["BLOCK_M"]
+        too_small = rows > 512 and shape["BLOCK_N"] < 128
+        unknown = shape["SPECIALISED"] and not hopper  # splitting was looked at on Hopper only
+        fits = possible(candidate, arguments["B_BLOCKS"], c.element_size())
+        return fits and not too_high and not too_small and not unknown
 
     return [candidate for candidate in configs if worth(candidate)]
 
@@ -76,7 +82,7 @@ def worth_measuring(configs: Sequence[triton.Config], arguments: dict[str, Any],
 def autotuned(kernel: Any) -> Any:
     """Measures the candidates on the first call of each size class and shape, and remembers the fastest."""
     configs = [INTERPRETED_CONFIG] if INTERPRETED else list(CONFIGS)
-    keys = [name for name in ("size_class", "M", "N", "K", "E", "B_BLOCKS", "SPLITS") if name in kernel.arg_names]
+    keys = [name for name in ("size_class", "N", "K", "E", "B_BLOCKS", "SPLITS") if name in kernel.arg_names]
     prune = {} if INTERPRETED else {"early_config_prune": worth_measuring}
     return triton.autotune(configs, keys, prune_configs_by=prune)(kernel)
 
@@ -87,7 +93,8 @@ def size_class(rows: int) -> int:
 
 
 def for_tma(x: Tensor) -> Tensor:
-    """x [rows, K] with rows that start at multiples of 16 bytes, as TMA needs: itself, or a copy with room behind."""
+    """x [rows, K] with rows that start at multiples of 16 bytes, as TMA needs: itself, or else a copy with room behind
+    its rows. Only sizes that are no multiple of 16 are copied: tokens for Wgrad, hardly ever a model's widths."""
     if x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
         return x
     rows, K = x.shape
