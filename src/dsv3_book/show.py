@@ -77,6 +77,8 @@ def show(obj: Any, *, only: Sequence[str] = (), docstring: bool = True) -> Sourc
 
 
 def _unwrap(obj: Any) -> Any:
+    while type(obj).__module__.startswith("triton.") and hasattr(obj, "fn"):  # a kernel, compiled, interpreted or tuned
+        obj = obj.fn
     if isinstance(obj, property):
         obj = obj.fget
     if isinstance(obj, staticmethod | classmethod):

@@ -1,0 +1,106 @@
+"""What the compiler makes of a Triton kernel for a Hopper GPU: no GPU is needed to look.
+
+Triton compiles for any target that it is told; only running the result takes the device. In a process whose kernels are
+interpreted (`TRITON_INTERPRET=1`) nothing can be compiled, not even Triton's own library: so another Python does it.
+"""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async\b",
+    "mma": r"\bmma\.sync\b",
+    "TMA load": r"\bcp\.async\.bulk\.tensor\.\dd\.shared",
+    "cp.async": r"\bcp\.async\.c[ag]\b",
+    "cvt e4m3": r"\bcvt\.rn\.satfinite\.e4m3x2\.f32\b",
+    "setmaxnreg": r"\bsetmaxnreg\b",
+    "local": r"\b[ls][td]\.local\b",
+}
+"""What to look for in PTX: the tensor core's instructions on Hopper and before, loads of tiles by the copy engine,
+loads of 16 bytes by a thread, casts in hardware, warps that hand over registers, numbers that found no register."""
+
+_PREAMBLE = """\
+import triton
+import triton.language as tl
+from dsv3_book.fp8.kernels.casts import *
+"""
+
+_COMPILE = """\
+import importlib, json, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, sys.argv[1])
+answers = []
+for job in json.load(sys.stdin):
+    kernel = getattr(importlib.import_module(job["module"]), job["name"])
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn  # autotuned
+    signature = {name: job["types"].get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] in "*i"}
+    source = ASTSource(kernel, signature=signature, constexprs=job["constants"], attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=job["options"])
+    answers.append(compiled.asm["ptx"])
+json.dump(answers, sys.stdout)
+"""
+
+
+def job(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], num_warps: int = 4, num_stages: int = 3
+) -> dict[str, Any]:
+    """A job for `compile_for_hopper`: a kernel, its arguments' types, its constexprs.
+
+    Args:
+        kernel: decorated by `triton.jit`, in the package or in a notebook (where it may use `kernels.casts` alone).
+        types: as Triton writes them: ``*fp8e4nv`` a pointer, ``i32``, ``tensordesc<fp8e4nv[128,128]>``.
+        constants: values of the constexprs.
+    """
+    while not inspect.isfunction(kernel):
+        kernel = kernel.fn
+    own = kernel.__module__.startswith("dsv3_book.")
+    return {
+        "module": kernel.__module__ if own else "",
+        "name": kernel.__name__,
+        "source": "" if own else textwrap.dedent(inspect.getsource(kernel)),
+        "types": dict(types),
+        "constants": dict(constants),
+        "options": {"num_warps": num_warps, "num_stages": num_stages},
+    }
+
+
+def compile_for_hopper(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Compiles every job for compute capability 9.0, and returns its PTX, NVIDIA's assembly language.
+
+    Raises:
+        RuntimeError: a kernel does not compile; the message is the compiler's.
+    """
+    with TemporaryDirectory() as folder:
+        prepared = []
+        for number, job in enumerate(jobs):
+            module = job["module"] or f"cell_{number}"
+            if not job["module"]:
+                (Path(folder) / f"{module}.py").write_text(_PREAMBLE + job["source"], encoding="utf-8")
+            prepared.append({**job, "module": module})
+        root = str(Path(__file__).resolve().parents[2])
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        env.pop("TRITON_INTERPRET", None)
+        done = subprocess.run([sys.executable, "-c", _COMPILE, folder], input=json.dumps(prepared), env=env,
+                              capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"a kernel does not compile for Hopper:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def count_instructions(ptx: str) -> Counter[str]:
+    """How often each of `INSTRUCTIONS` stands in a program's PTX."""
+    return Counter({name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()})
