@@ -1,4 +1,4 @@
-"""Numbers for the tests of the FP8 layers."""
+"""What the tests of the FP8 layers share."""
 
 import torch
 
@@ -12,3 +12,8 @@ def noise(seed, *shape, dtype=torch.float32):
         sizes[axis] = shape[axis]
         x = x * torch.randn(sizes, generator=g).exp()
     return x.to(dtype)
+
+
+def size(tensors):
+    """Bytes of these tensors' memory, shared memory counted once."""
+    return sum(t.untyped_storage().nbytes() for t in {t.untyped_storage().data_ptr(): t for t in tensors}.values())

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layerkit import noise
+from layerkit import noise, size
 
 from dsv3_book.fp8.experts import Fp8Experts
 from dsv3_book.fp8.linear import Fp8Linear, Fp8SwiGLU, QuantisedWeight
@@ -18,10 +18,6 @@ def kept(fn, *inputs):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fn(*inputs)
     return saved
-
-
-def size(tensors):
-    return sum(t.untyped_storage().nbytes() for t in {t.untyped_storage().data_ptr(): t for t in tensors}.values())
 
 
 def test_bytes_kept_by_a_linear():

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3_book.fp8.gemm import grouped_fp8_gemm, grouped_fp8_wgrad
-from dsv3_book.fp8.linear import Quantised, QuantisedWeight, WeightCache, pairs, swiglu_backward
+from dsv3_book.fp8.linear import Quantised, QuantisedWeight, WeightCache, swiglu_backward
 from dsv3_book.fp8.quantize import (
     dequantize_activation,
     quantize_activation,
@@ -70,20 +70,19 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, gates, counts = ctx.saved_tensors
+        x, x_scale, g, g_scale, u, u_scale, gates, counts = ctx.saved_tensors
         weights: tuple[QuantisedWeight, ...] = ctx.quantised
         w_gate, w_up, w_down = weights
-        x, g, u = pairs(tuple(kept))
         dtype, weight = grads[0].dtype, gates.float()[:, None]
         dy = quantize_activation(grads[0], pow2=True)  # as the gradient would travel
         dh = grouped_fp8_gemm(*dy, *w_down.transposed, counts, dtype).float()
         # y = down(weight · h): seen from SwiGLU the gradient is weight·dh, and the weight's own is h·dh.
-        h, dg, du = swiglu_backward(dequantize_activation(*g), dequantize_activation(*u), dh * weight)
+        h, dg, du = swiglu_backward(dequantize_activation(g, g_scale), dequantize_activation(u, u_scale), dh * weight)
         dgates = torch.linalg.vecdot(h, dh).to(gates.dtype)
         dx = grouped_fp8_gemm(*quantize_activation(dg, pow2=True), *w_gate.transposed, counts, dtype)
         dx += grouped_fp8_gemm(*quantize_activation(du, pow2=True), *w_up.transposed, counts, dtype)
         hc, dgc, duc = (quantize_columns(t, counts, pow2=True) for t in (h * weight, dg, du))
-        return dx, dgates, None, *experts_wgrad(x, hc, dgc, duc, dy, counts), None
+        return dx, dgates, None, *experts_wgrad((x, x_scale), hc, dgc, duc, dy, counts), None
 
 
 def experts_wgrad(

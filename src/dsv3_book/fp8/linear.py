@@ -31,6 +31,7 @@ from dsv3_book.fp8.quantize import (
     requantize_columns,
     swiglu_quantize,
 )
+from dsv3_book.model import ops
 
 Quantised = tuple[Tensor, Tensor]  # codes and their scales
 
@@ -104,7 +105,7 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         codes = quantize_activation(flat, pow2=after_attention)
         ctx.quantised, ctx.after_attention, ctx.shape = quantised, after_attention, x.shape
-        ctx.save_for_backward(*(quantize_e5m6(flat) if after_attention else codes))
+        ctx.save_for_backward(*(quantize_e5m6(flat) if after_attention else kept(x, codes)))
         return fp8_gemm(*codes, *quantised.blocks, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -116,8 +117,19 @@ class _Linear(torch.autograd.Function):
             dx = fp8_gemm(*quantize_activation(dy), *quantised.transposed, dy.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             width = ctx.shape[-1] if ctx.after_attention else None
-            dw = linear_wgrad(quantize_columns(dy), ctx.saved_tensors, width)
+            dw = linear_wgrad(quantize_columns(dy), codes_again(ctx.saved_tensors), width)
         return dx, dw, None, None
+
+
+def kept(x: Tensor, codes: Quantised) -> tuple[Tensor, ...]:
+    """What to keep of a layer's input: its codes; or x itself where x will be computed again (`ops.recomputed`), for
+    then nothing is kept at all."""
+    return (x,) if ops.recomputed.covers(x) else codes
+
+
+def codes_again(saved: tuple[Tensor, ...]) -> Quantised:
+    """The codes and scales of what was `kept`."""
+    return quantize_activation(saved[0].reshape(-1, saved[0].shape[-1])) if len(saved) == 1 else (saved[0], saved[1])
 
 
 def linear_wgrad(dy: Quantised, x: Quantised, e5m6_width: int | None = None) -> Float[Tensor, "N K"]:
@@ -155,20 +167,21 @@ class _SwiGLU(torch.autograd.Function):
         w_gate, w_up, w_down = ctx.quantised = quantised
         codes = quantize_activation(x.reshape(-1, x.shape[-1]))
         g, u = fp8_gemm(*codes, *w_gate.blocks, x.dtype), fp8_gemm(*codes, *w_up.blocks, x.dtype)
-        ctx.save_for_backward(*codes, *quantize_activation(g), *quantize_activation(u))
+        ctx.save_for_backward(*quantize_activation(g), *quantize_activation(u), *kept(x, codes))
         return fp8_gemm(*swiglu_quantize(g, u), *w_down.blocks, x.dtype).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights: tuple[QuantisedWeight, ...] = ctx.quantised
         w_gate, w_up, w_down = weights
-        x, g, u = pairs(ctx.saved_tensors)
+        g, g_scale, u, u_scale, *x = ctx.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         dh = fp8_gemm(*quantize_activation(dy), *w_down.transposed, dy.dtype)
-        h, dg, du = swiglu_backward(dequantize_activation(*g), dequantize_activation(*u), dh)
+        h, dg, du = swiglu_backward(dequantize_activation(g, g_scale), dequantize_activation(u, u_scale), dh)
         dx = fp8_gemm(*quantize_activation(dg), *w_gate.transposed, dy.dtype)
         dx += fp8_gemm(*quantize_activation(du), *w_up.transposed, dy.dtype)
-        dw = swiglu_wgrad(x, quantize_columns(h), quantize_columns(dg), quantize_columns(du), quantize_columns(dy))
+        columns = (quantize_columns(t) for t in (h, dg, du, dy))
+        dw = swiglu_wgrad(codes_again(tuple(x)), *columns)
         return dx.view_as(grads[0]), *dw, None
 
 
@@ -184,8 +197,3 @@ def swiglu_wgrad(x: Quantised, h: Quantised, dg: Quantised, du: Quantised, dy: Q
     """The gradients of gate, up and down, fp32, from x as it was kept and all others in 128×1 tiles."""
     columns = requantize_columns(*x)
     return tuple(fp8_gemm(*a, *b, torch.float32) for a, b in ((dg, columns), (du, columns), (dy, h)))
-
-
-def pairs(saved: tuple[Tensor, ...]) -> list[Quantised]:
-    """(codes, scale), (codes, scale), … of what was kept in a row."""
-    return list(zip(saved[::2], saved[1::2], strict=True))

@@ -8,7 +8,7 @@ and accumulate, in fp32 (report §3.3: master weights, weight gradients and thei
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +212,8 @@ class recomputed:
     consumer itself (attention, a linear layer) isn't run twice.
     """
 
+    active: ClassVar[list[recomputed]] = []  # the `with` blocks we are in, innermost last
+
     def __init__(self, fn: Any, *inputs: Tensor, enabled: bool = True) -> None:
         self.fn, self.inputs, self.enabled = fn, inputs, enabled
         self.again: tuple[Tensor, ...] | None = None
@@ -223,11 +225,18 @@ class recomputed:
             self.places = {t.untyped_storage().data_ptr(): i for i, t in enumerate(outputs)}
             self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             self.hooks.__enter__()
+            self.active.append(self)
         return out
 
     def __exit__(self, *error: Any) -> None:
         if self.enabled and torch.is_grad_enabled():
+            self.active.remove(self)
             self.hooks.__exit__(*error)
+
+    @classmethod
+    def covers(cls, x: Tensor) -> bool:
+        """Whether x will be computed again, so that keeping x itself is free."""
+        return bool(cls.active) and x.untyped_storage().data_ptr() in cls.active[-1].places
 
     def _pack(self, saved: Tensor) -> Any:
         index = self.places.get(saved.untyped_storage().data_ptr())
