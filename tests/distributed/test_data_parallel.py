@@ -82,20 +82,22 @@ def alone(config: Any) -> dict[str, torch.Tensor]:
     return trainer.tensors()
 
 
-def assert_same_curve(one: Path, other: Path, steps: int, rel: float = 1e-5) -> None:
+def assert_same_curve(one: Path, other: Path, steps: int, rel: float = 1e-5, compared: int | None = None) -> None:
+    """Both runs have `steps` steps, and the first `compared` of them (None: all) agree in every number."""
     a, b = ([line for line in lines(out) if "loss" in line] for out in (one, other))
     assert len(a) == len(b) == steps
-    for x, y in zip(a, b, strict=True):
+    for x, y in zip(a[:compared], b[:compared], strict=True):
         assert x.keys() == y.keys()
         for name in x:
             assert y[name] == pytest.approx(x[name], rel=rel), f"{name} at step {x['step']}"
 
 
 def test_two_processes_give_the_one_process_curve(pool, tmp_path: Path, corpus: Path) -> None:
-    """Issue 2, done-when 5: the tiny preset, 20 steps, fp32, clipping and routing biases included.
+    """The tiny preset, 20 steps, fp32, clipping and routing biases included.
 
     Rounding in another order may flip a choice between experts whose scores agree to the last bits; the curves then
-    differ for a reason that is not an error. Such a run is reported with the gap, and another seed is taken.
+    differ for a reason that is not an error. Such a run agrees up to there, and ends as an XFAIL whose reason gives the
+    gap, so that it is seen and not counted as agreement.
     """
     tiny = preset("tiny")
     config = dataclasses.replace(
@@ -105,17 +107,17 @@ def test_two_processes_give_the_one_process_curve(pool, tmp_path: Path, corpus: 
         batch=dataclasses.replace(tiny.batch, micro=4),
         optim=dataclasses.replace(tiny.optim, clip=0.5),  # so low that every step is clipped
     )
-    for seed in range(4):
-        one, two = tmp_path / f"one-{seed}", tmp_path / f"two-{seed}"
-        ((single, loads, gaps),) = pool(1).run(train_watched, dataclasses.replace(config, seed=seed, out=one))
-        ranks = pool(2).run(train_watched, dataclasses.replace(config, seed=seed, out=two))
-        if torch.equal(loads, ranks[0][1]):
-            break
-        step = int((loads != ranks[0][1]).flatten(1).any(1).nonzero()[0])
-        print(f"seed {seed}: a choice flipped at step {step + 1}, where the closest call was {gaps[step]:.1e}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    ((single, loads, gaps),) = pool(1).run(train_watched, dataclasses.replace(config, out=one))
+    ranks = pool(2).run(train_watched, dataclasses.replace(config, out=two))
+    flipped = (loads != ranks[0][1]).flatten(1).any(1).nonzero()
+    if len(flipped):
+        step = int(flipped[0])
+        assert_same_curve(one, two, steps=20, compared=step)
         assert gaps[step] < 2e-6, "a choice flipped that was not close"
-    else:
-        pytest.fail("a near-tie flipped with every seed")
+        pytest.xfail(
+            f"a choice between experts flipped at step {step + 1}, where the closest call was {gaps[step]:.1e}"
+        )
     assert_same_curve(one, two, steps=20)
     assert all(line["grad_norm"] > 0.5 for line in lines(one) if "loss" in line)
     biases = [name for name in single if name.endswith("e_score_correction_bias")]
