@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv3_book.fp8 import reference
 from dsv3_book.fp8.accumulate import accumulate, hopper_tolerance
 from dsv3_book.fp8.formats import E4M3
 
@@ -118,18 +119,23 @@ def test_error_grows_with_length_and_promotion_repairs_it():
 
 
 @pytest.mark.parametrize("K", [32, 128, 576, 4096])
-@pytest.mark.parametrize("kind", ["normal", "one sign", "heavy tails"])
+@pytest.mark.parametrize("kind", ["normal", "one sign", "outliers"])
 def test_tolerances_hold_for_the_model(K, kind):
-    a, b = draw((24, K), 6, kind == "one sign", 16.0), draw((24, K), 7, kind == "one sign", 16.0)
-    if kind == "heavy tails":
-        big = torch.randn(24, K, generator=torch.Generator().manual_seed(8)).pow(3).clamp(-448, 448)
-        a = big.to(torch.float8_e4m3fn)
-    exact = a.double() @ b.double().t()
-    off = (accumulate(a, b, promote_every=128).double() - exact).abs()
-    scale = a.double().norm(dim=1)[:, None] * b.double().norm(dim=1)
-    assert (off <= hopper_tolerance(K, guaranteed=True) * scale).all()
-    if kind != "one sign":
-        assert (off <= hopper_tolerance(K) * scale).all()
+    """Outliers as in the tests of the products: one in a hundred is 50 times larger."""
+    x = torch.randn(2, 48, K, generator=torch.Generator().manual_seed(K))
+    if kind == "outliers":
+        x[torch.rand(x.shape, generator=torch.Generator().manual_seed(8)) < 0.01] *= 50
+    (a, a_scale), (b, b_scale) = (
+        reference.quantize_rows(half.abs() if kind == "one sign" else half, False) for half in x
+    )
+    wide_a, wide_b = (reference.dequantize_rows(*q).double() for q in ((a, a_scale), (b, b_scale)))
+    total = torch.zeros(48, 48)
+    for t in range(a_scale.shape[1]):  # as the GEMM: each tile of 128 in the narrow accumulator, scaled, added in fp32
+        tile = slice(128 * t, 128 * (t + 1))
+        total += accumulate(a[:, tile], b[:, tile]) * a_scale[:, t, None] * b_scale[None, :, t]
+    off = (total.double() - wide_a @ wide_b.t()).abs() / (wide_a.norm(dim=1)[:, None] * wide_b.norm(dim=1))
+    assert off.max() <= hopper_tolerance(K, guaranteed=True)
+    assert off.max() <= hopper_tolerance(K) * (1 if kind == "one sign" else 0.6)
 
 
 def test_what_is_refused():

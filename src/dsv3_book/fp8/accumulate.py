@@ -97,17 +97,17 @@ def hopper_tolerance(K: int, guaranteed: bool = False) -> float:
     out lose less than one each, and 4 more cover second order. Over the groups, by Cauchy–Schwarz again, 140 · 2^−13
     = 1.7e-2 of ‖a‖‖b‖, plus K/128 · 2^−24 for fp32. It does not grow with K.
 
-    *Expected*, for operands of mixed signs without structure, as tests draw them: what is cut has no common sign, so
-    a group is off by about √140 · 2^−13 · 2^−4 of ‖a_g‖‖b_g‖ (the largest of 128 products is near a sixteenth of
-    that), and errors add like √groups where norms add like groups: 9e-5 / √(K/128). Six times that is returned. The
-    emulation stays below a sixth of it for normal operands, and below a third with heavy tails. Not checked on a GPU.
-    Operands of one sign add up their errors instead (about 1e-3 at any K): take `guaranteed`.
+    *Expected*, for operands of mixed signs, outliers included: no product is larger than ‖a_g‖‖b_g‖, so a unit is at
+    most 2^−13 of that; what is cut has no common sign, so 140 cuts add up to √140 units, and errors of groups add like
+    √groups where norms add like groups. Twice that is returned, 2.9e-3 / √(K/128). The emulation stays below a half of
+    it with one per cent of outliers 50 times larger, and far below without. Not checked on a GPU. Operands of one sign
+    add up their errors instead (about 5e-4 at any large K): from K = 4096 on, take `guaranteed` for them.
     """
     groups = max(1.0, K / 128)
     fp32 = groups * 2.0**-24
     if guaranteed:
         return 140 * 2.0**-13 + fp32
-    return 6 * 140**0.5 * 2.0**-17 / groups**0.5 + fp32
+    return 2 * 140**0.5 * 2.0**-13 / groups**0.5 + fp32
 
 
 def _operand(codes: Tensor, step: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
