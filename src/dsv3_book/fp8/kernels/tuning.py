@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dsv3_book.fp8.kernels import loops  # noqa: F401
 from dsv3_book.fp8.kernels.casts import INTERPRETED
 from dsv3_book.fp8.kernels.launch import TILE
 
