@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async\b",
     "mma": r"\bmma\.sync\b",
-    "TMA load": r"\bcp\.async\.bulk\.tensor\.\dd\.shared",
+    "TMA": r"\bcp\.async\.bulk\.tensor\.\dd\.shared",
     "cp.async": r"\bcp\.async\.c[ag]\b",
     "cvt e4m3": r"\bcvt\.rn\.satfinite\.e4m3x2\.f32\b",
     "setmaxnreg": r"\bsetmaxnreg\b",
@@ -56,7 +56,7 @@ json.dump(answers, sys.stdout)
 
 
 def job(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], num_warps: int = 4, num_stages: int = 3
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any] = {}, num_warps: int = 4, num_stages: int = 3
 ) -> dict[str, Any]:
     """A job for `compile_for_hopper`: a kernel, its arguments' types, its constexprs.
 
@@ -78,7 +78,7 @@ def job(
     }
 
 
-def compile_for_hopper(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
+def compile_for_hopper(jobs: Iterable[Mapping[str, Any]]) -> list[str]:
     """Compiles every job for compute capability 9.0, and returns its PTX, NVIDIA's assembly language.
 
     Raises:
