@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _gpu import DEVICE, Call
+from _measure import DEVICE, Call
 from torch import Tensor
 
 from dsv3_book.fp8 import (

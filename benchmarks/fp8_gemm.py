@@ -24,7 +24,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
-from _gpu import (
+from _measure import (
     CUDA,
     DEVICE,
     Call,

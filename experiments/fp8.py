@@ -25,11 +25,12 @@ from train import CACHE, record
 VERSION = 1  # raise it when the settings below change
 ARMS: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "fp8": {"fp8": True},
     "bf16_again": {"micro": 4},
+    "fp8": {"fp8": True},
     "fp32": {"dtype": "fp32"},
     "fp8_tensor": {"fp8": True, "per_tensor": True},
 }
+LR = 5e-4  # at the laptop preset's 2e-3 rounding alone (`bf16_again`) moves this model's loss by 0.5 %, FP8 or not
 EVERY = 5  # steps a recorded point of a curve is the mean of
 
 
@@ -54,7 +55,7 @@ def settings(seed: int, steps: int, out: str = "", dtype: str = "bf16", fp8: boo
         dtype=dtype,
         fp8=fp8,
         batch=Batch(sequence_length=128, start=8, end=8, multiple=8, micro=micro),
-        optim=Optim(lr=laptop.optim.lr, warmup_steps=20, moments="bf16"),
+        optim=Optim(lr=LR, warmup_steps=20, moments="bf16"),
         text=Text(style="code", max_bytes=2_000_000),
         every=Every(checkpoint=10**6, validation=10**6),
     )

@@ -1,10 +1,11 @@
-"""What GPU benchmarks share: timing that neither caches nor launches flatter, floors, correctness, and the record."""
+"""What the FP8 benchmarks share: timing that caches and launches do not flatter, floors, correctness, the record."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -158,6 +159,16 @@ def record(name: str, command: str, results: dict[str, Any]) -> None:
 
 
 def machine() -> str:
-    """GPU and versions, in words."""
-    versions = f"torch {torch.__version__}, Triton {importlib.metadata.version('triton')}"
-    return f"{torch.cuda.get_device_name()}, {versions}" if CUDA else f"no GPU, {versions}"
+    """What computes, and versions, in words."""
+    if CUDA:
+        return f"{torch.cuda.get_device_name()}, {_versions('torch', 'triton')}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{os.cpu_count()} CPU cores ({cpu}), {torch.get_num_threads()} thread(s), {_versions('torch')}"
+
+
+def _versions(*packages: str) -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
