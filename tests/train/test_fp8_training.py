@@ -34,14 +34,21 @@ def test_the_flag_and_what_it_makes_of_the_moments() -> None:
     assert TrainConfig.from_dict(json.loads(json.dumps(fp8.to_dict()))) == fp8
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_fp8_follows_the_curve_without_it(tmp_path, corpus, dtype: str) -> None:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, corpus) -> dict[str, Trainer]:
+    """The same four steps of five without and with --fp8 (the last would bring a long validation), saved every two; the
+    tests below leave them as they are."""
+    root = tmp_path_factory.mktemp("runs")
+    every = Every(checkpoint=2, validation=3, validation_windows=4)
+    config = small(root, corpus, steps=5, pause_at=4, every=every)
+    return {n: run(dataclasses.replace(config, out=root / n, fp8=n == "fp8")) for n in ("plain", "fp8")}
+
+
+def test_fp8_follows_the_curve_without_it(runs) -> None:
     """Four steps stay together; with codes of weights that have changed since they would not (measured here: 2e-2)."""
-    config = small(tmp_path / "plain", corpus, dtype=dtype)
-    plain, fp8 = run(config), run(dataclasses.replace(config, out=tmp_path / "fp8", fp8=True))
-    assert fp8.model.compute_dtype == plain.model.compute_dtype
+    plain, fp8 = runs["plain"], runs["fp8"]
     assert {p.dtype for p in fp8.parameters} == {torch.float32}
-    a, b = losses(tmp_path / "plain"), losses(tmp_path / "fp8")
+    a, b = losses(plain.config.out), losses(fp8.config.out)
     assert a != b
     assert b == pytest.approx(a, rel=2.5e-3)  # measured here: 3e-4
 
@@ -56,23 +63,19 @@ def test_a_run_says_its_precision(tmp_path, corpus) -> None:
     assert not any(name.endswith(("lm_head", "gate", "eh_proj", "embed_tokens", "norm")) for name in fp8)
 
 
-def test_a_cut_fp8_run_equals_an_uncut_one_bit_for_bit(tmp_path, corpus) -> None:
-    every = Every(checkpoint=2, validation=3, validation_windows=4)
-    config = small(tmp_path / "whole", corpus, every=every, fp8=True)
-    whole = run(config)
-    cut = dataclasses.replace(config, out=tmp_path / "cut")
-    first = run(dataclasses.replace(cut, pause_at=2))
-    assert first.step == 2
-    second = run(cut)
-    a, b = whole.tensors(), second.tensors()
+def test_a_cut_fp8_run_equals_an_uncut_one_bit_for_bit(runs, tmp_path) -> None:
+    whole = runs["fp8"]
+    cut = dataclasses.replace(whole.config, out=tmp_path)
+    assert run(dataclasses.replace(cut, pause_at=2)).step == 2
+    a, b = whole.tensors(), run(cut).tensors()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     assert a["optimizer.embed_tokens.weight.exp_avg"].dtype == torch.bfloat16
     assert a["optimizer.embed_tokens.weight.exp_avg_sq"].abs().sum() > 0
-    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    assert lines(whole.config.out) == lines(tmp_path)
 
 
 def test_the_same_seed_twice_gives_the_same_bits_and_another_seed_others(tmp_path, corpus) -> None:
-    config = small(tmp_path / "a", corpus, steps=2, fp8=True, dtype="bf16")
+    config = small(tmp_path, corpus, steps=2, pause_at=1, fp8=True, dtype="bf16")
     a, b = (run(dataclasses.replace(config, out=tmp_path / name)).tensors() for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     run(dataclasses.replace(config, out=tmp_path / "c", seed=1))
@@ -82,7 +85,7 @@ def test_the_same_seed_twice_gives_the_same_bits_and_another_seed_others(tmp_pat
 def test_moments_are_saved_as_they_are_and_take_half(tmp_path, corpus) -> None:
     sizes = {}
     for moments in ("fp32", "bf16"):
-        config = small(tmp_path / moments, corpus, steps=1, optim=Optim(moments=moments))
+        config = small(tmp_path / moments, corpus, steps=2, pause_at=1, optim=Optim(moments=moments))
         trainer = run(config)
         path = tmp_path / moments / "checkpoints" / checkpoint.name_of(1)
         sizes[moments] = sum(file.stat().st_size for file in path.glob("*.distcp"))
@@ -95,12 +98,9 @@ def files(folder) -> dict:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-def test_a_run_goes_on_in_the_numbers_it_began_with(tmp_path, corpus) -> None:
-    config = small(tmp_path / "plain", corpus)
-    with_fp8 = dataclasses.replace(config, out=tmp_path / "fp8", fp8=True)
-    for c in (config, with_fp8):
-        run(c)
-    before = files(tmp_path)
+def test_a_run_goes_on_in_the_numbers_it_began_with(runs) -> None:
+    config, with_fp8 = runs["plain"].config, runs["fp8"].config
+    before = files(config.out.parent)
     with pytest.raises(ValueError, match=r"plain was trained without --fp8: go on without it, or name another --out"):
         Trainer(dataclasses.replace(config, fp8=True))
     with pytest.raises(ValueError, match=r"fp8 was trained with --fp8: go on with it, or name another --out"):
@@ -111,12 +111,12 @@ def test_a_run_goes_on_in_the_numbers_it_began_with(tmp_path, corpus) -> None:
     fp32 = dataclasses.replace(config.optim, moments="fp32")
     with pytest.raises(ValueError, match=r"moments in bf16, and this run wants fp32: go on with --optim.moments bf16"):
         Trainer(dataclasses.replace(with_fp8, optim=fp32))
-    assert files(tmp_path) == before
+    assert files(config.out.parent) == before
 
 
 def test_runs_of_before_there_was_fp8_go_on(tmp_path, corpus, capsys) -> None:
     """Their settings name neither; "auto" and what it stands for are the same."""
-    config = small(tmp_path, corpus, steps=2)
+    config = small(tmp_path, corpus, steps=3, pause_at=2)
     run(config)
     path = tmp_path / "checkpoints" / checkpoint.name_of(2) / checkpoint.STATE
     state = json.loads(path.read_text())
@@ -129,7 +129,7 @@ def test_runs_of_before_there_was_fp8_go_on(tmp_path, corpus, capsys) -> None:
 
 
 def test_a_checkpoint_of_another_dtype_is_not_converted_in_silence(tmp_path, corpus) -> None:
-    trainer = run(small(tmp_path, corpus, steps=1))
+    trainer = run(small(tmp_path, corpus, steps=2, pause_at=1))
     path, _ = checkpoint.latest(tmp_path / "checkpoints")
     name = "optimizer.embed_tokens.weight.exp_avg"
     with pytest.raises(CheckpointError, match=rf"{name} torch.float32 \(here torch.bfloat16\)"):
