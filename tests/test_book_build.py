@@ -133,3 +133,24 @@ def test_the_key_sees_what_cells_depend_on(tmp_path):
     assert cache_key(tmp_path) == after
     shutil.rmtree(tmp_path / "src")
     assert cache_key(tmp_path) != after
+
+
+def test_without_triton_its_pages_are_shown_unexecuted(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import build_book
+    import yaml
+
+    (tmp_path / "book").mkdir()
+    (tmp_path / "_config.yml").write_text(CONFIG)
+    (tmp_path / "book" / "kernels.md").write_text(HEADER + "```{code-cell} ipython3\nimport triton\n```\n")
+    (tmp_path / "book" / "other.md").write_text(HEADER + "Here `import triton` is only a phrase.\n")
+
+    def execute():
+        return yaml.safe_load(build_book.write_config(tmp_path, tmp_path, tmp_path / "cache").read_text())["execute"]
+
+    found = build_book.importlib.util.find_spec
+    monkeypatch.setattr(build_book.importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    assert execute()["exclude_patterns"] == ["book/kernels.md"]
+    assert "book/kernels.md" in capsys.readouterr().out
+    monkeypatch.setattr(build_book.importlib.util, "find_spec", lambda name: object())
+    assert "exclude_patterns" not in execute()

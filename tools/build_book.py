@@ -8,13 +8,17 @@ What "strictly" means, and how it is reached:
 * No page shows output of code that is no longer there. Executed cells are cached in a folder that is named after a hash
   of everything they depend on besides themselves (`INPUTS`): touch `src/` and every page runs again.
 * Cells run under the Python that runs this file, whatever kernels the user has registered.
+* One exception, said aloud: where Triton is missing (it has wheels for Linux only), pages that import it are shown
+  without outputs.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +56,18 @@ def cache_key(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def pages_without_triton(source: Path) -> list[str]:
+    """The pages that import Triton, if it is not installed."""
+    if importlib.util.find_spec("triton"):
+        return []
+    pages = sorted(source.glob("book/*.md"))
+    return [
+        page.relative_to(source).as_posix()
+        for page in pages
+        if re.search(r"^import triton$", page.read_text(encoding="utf-8"), flags=re.M)
+    ]
+
+
 def write_kernelspec(folder: Path) -> None:
     """A kernel named python3 that is this very Python; JUPYTER_PATH puts it before the user's own."""
     spec = {
@@ -74,6 +90,10 @@ def write_config(source: Path, out: Path, cache: Path) -> Path:
     config["sphinx"]["local_extensions"] = {name: str((source / path).resolve()) for name, path in local.items()}
     settings = config.setdefault("sphinx", {}).setdefault("config", {})
     settings["nb_execution_raise_on_error"] = True
+    if skipped := pages_without_triton(source):
+        config["execute"]["exclude_patterns"] = [*config["execute"].get("exclude_patterns", []), *skipped]
+        settings["suppress_warnings"] = [*(settings.get("suppress_warnings") or []), "mystnb.glue"]
+        print(f"Triton is not installed, so without outputs: {', '.join(skipped)}", flush=True)
     path = out / "config.yml"
     path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
