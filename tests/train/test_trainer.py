@@ -231,3 +231,11 @@ def test_bf16_runs(tmp_path, corpus) -> None:
     trainer = run(small(tmp_path, corpus, dtype="bf16", steps=2))
     assert trainer.model.compute_dtype == torch.bfloat16
     assert {p.dtype for p in trainer.parameters} == {torch.float32}
+
+
+def test_a_quiet_run_says_nothing_and_writes_the_same(tmp_path, corpus, capfd) -> None:
+    config = small(tmp_path, corpus, steps=2)
+    Trainer(config, quiet=True).run()
+    said = capfd.readouterr()
+    assert said.out == said.err == ""
+    assert len([line for line in lines(tmp_path) if "loss" in line]) == 2

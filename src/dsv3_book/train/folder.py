@@ -34,7 +34,8 @@ Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 class RunFolder:
     """A run's folder, held by a lock while this object lives. Errors are raised before anything in it is changed."""
 
-    def __init__(self, config: TrainConfig, parallel: DataParallel) -> None:
+    def __init__(self, config: TrainConfig, parallel: DataParallel, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.config, self.parallel, self.path = config, parallel, config.out
         self.checkpoints = self.path / CHECKPOINTS
         self.lock: FileLock | None = None
@@ -120,7 +121,7 @@ class RunFolder:
                 fim_rate=c.text.fim_rate,
                 held_out=c.text.held_out,
                 max_bytes=c.text.max_bytes,
-                progress=self.parallel.rank == 0,
+                progress=self.parallel.rank == 0 and not self.quiet,
             )
             data.append(dataset)
             if dataset.tokenizer.vocab_size > c.model.vocab_size:
@@ -139,7 +140,8 @@ class RunFolder:
         self.parallel.first(build)
         if not data:
             build()
-        self.say(f"text: {data[0].corpus.summary()}; {len(data[0].train):,} tokens to train on")
+        if not self.quiet:
+            self.say(f"text: {data[0].corpus.summary()}; {len(data[0].train):,} tokens to train on")
         return data[0]
 
     def write(self, data: Dataset) -> None:

@@ -62,10 +62,10 @@ class Metrics:
     `say(...)` in between.
     """
 
-    def __init__(self, folder: Path | None, steps: int, routers: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path | None, steps: int, routers: Sequence[str] = (), quiet: bool = False) -> None:
         self.folder, self.first, self.steps, self.routers = folder, 0, steps, list(routers)
-        self.console = Console(file=sys.stderr, soft_wrap=True, quiet=folder is None)
-        self.live = self.console.is_terminal and folder is not None
+        self.console = Console(file=sys.stderr, soft_wrap=True, quiet=quiet or folder is None)
+        self.live = self.console.is_terminal and not self.console.quiet
         self.recent: deque[tuple[float, int]] = deque(maxlen=20)  # (time, tokens) of the last steps, for the live view
         self.last_line = -float("inf")
 

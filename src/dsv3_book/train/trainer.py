@@ -51,16 +51,18 @@ class Trainer:
     What is kept between steps, and saved: `model` (weights and routing biases), `optimizer`, `step` (steps done) and
     `sequences` (sequences seen, which is the place in the data). All settings of a step follow from these.
 
+    quiet: no progress on the screen (warnings are said all the same), for use in a program or a notebook.
+
     Raises, on every process and before anything is computed or overwritten:
         ValueError: the batch does not divide among the processes; the folder holds a run of another model, tokenizer or
             text, or only damaged checkpoints, or is in use; the text is too short.
         FileNotFoundError: a path of `--data` or the tokenizer is not there.
     """
 
-    def __init__(self, config: TrainConfig, parallel: DataParallel | None = None) -> None:
+    def __init__(self, config: TrainConfig, parallel: DataParallel | None = None, quiet: bool = False) -> None:
         self.parallel = parallel = parallel or DataParallel()
         self.config, self.recipe = config, config.recipe()
-        self.folder = RunFolder(config, parallel)
+        self.folder = RunFolder(config, parallel, quiet)
         found = self.folder.find()
         self.data = self.folder.prepare(found)
         self.model = Transformer(config.model, seed=config.seed, compute_dtype=DTYPES[config.dtype]).to(parallel.device)
@@ -76,7 +78,7 @@ class Trainer:
             self.load(*found)
         self.routers = self.model.routers()
         names = [name for name, _ in self.routers]
-        self.metrics = Metrics(config.out if parallel.rank == 0 else None, config.steps, names)
+        self.metrics = Metrics(config.out if parallel.rank == 0 else None, config.steps, names, quiet)
         self.folder.write(self.data)
 
     def describe(self) -> str:
