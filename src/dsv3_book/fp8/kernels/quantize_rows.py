@@ -19,17 +19,17 @@ def quantize_rows_kernel(
     x, codes, scale, K, tiles, POW2: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Tiles are numbered along the rows: neighbours in memory are neighbours here, in x, in codes and in scale."""
-    tile = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tiles_per_row = tl.cdiv(K, TILE)
     row, column = tile // tiles_per_row, tile % tiles_per_row * TILE
     within = tl.arange(0, TILE)
-    offset = (row * K + column)[:, None] + within[None, :]
+    offset = (row.to(tl.int64) * K + column)[:, None] + within[None, :]
     inside = (tile < tiles)[:, None] & ((column[:, None] + within[None, :]) < K)  # a row's last tile may be short
 
     values = widen(tl.load(x + offset, inside, other=0.0))
     amax = tl.max(tl.abs(finite_or_zero(values)), axis=1)
     tile_scales = tile_scale(amax, POW2)
-    tl.store(codes + offset, encode(values, tile_scales[:, None], POW2), inside)
+    tl.store(codes + offset, encode(values, tile_scales[:, None]), inside)
     tl.store(scale + tile, tile_scales, tile < tiles)
 
 

@@ -29,32 +29,30 @@ def tile_scale(amax, POW2: tl.constexpr):
 
 
 @triton.jit
-def divide(x, scale, POW2: tl.constexpr):
-    """x / scale as IEEE division rounds it, where the result matters (quotients under 2^-12 become the code 0 anyway).
+def divide(x, scale):
+    """x / scale as IEEE division rounds it, down to quotients of 2^-12 (anything less becomes the code 0); NaN where x is
+    not finite. `scale` broadcasts to x.
 
     A division costs a GPU about ten instructions, more than the memory leaves time for. But a whole tile has one
-    divisor, so its reciprocal is computed once (`scale` has fewer elements than x), and each quotient is an estimate
-    and one correction with the exact remainder, three instructions:
+    divisor: its reciprocal is computed once, and each quotient is an estimate and one correction by its exact error:
 
-        q = x·r,   remainder = x - q·scale,   x / scale = q + remainder·r
+        q = x·r,   error = q·scale - x,   x / scale = q - error·r
 
-    With r correctly rounded this is the correctly rounded quotient (Markstein's theorem; see the test), as long as the
-    remainder does not underflow. Tiles with tiny scales are moved away from there by a power of two, exactly.
+    With r correctly rounded, and the error computed without rounding (that is what `fma` is for), this is the correctly
+    rounded quotient (Markstein's theorem). It fails only where the error would underflow: tiles with tiny scales are
+    moved away from there by a power of two. ±inf becomes inf - inf, NaN. The signs are such that -0 stays -0.
     """
-    if INTERPRETED:  # its tl.fma rounds twice
-        return tl.div_rn(x, scale)
-    if POW2:
-        return x * tl.div_rn(1.0, scale)  # exact
-    shift = tl.where(scale < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)  # scale < 2^-64: 2^64
-    x, scale = x * shift, scale * shift
-    reciprocal = tl.div_rn(1.0, scale)
-    quotient = x * reciprocal
-    return tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
+    if INTERPRETED:  # its fma rounds twice
+        return tl.where(tl.abs(x) < float("inf"), tl.div_rn(x, scale), float("nan"))
+    away = tl.where(scale < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)  # scale < 2^-64: 2^64
+    scale *= away
+    minus_x = x * -away
+    minus_r = tl.div_rn(-1.0, scale)
+    q = minus_x * minus_r
+    return tl.fma(tl.fma(q, scale, minus_x), minus_r, q)
 
 
 @triton.jit
-def encode(x, scale, POW2: tl.constexpr):
-    """The codes of fp32 x, whose scale broadcasts to it. |x / scale| is at most 448·(1 + 2^-23), which rounds to the
-    code of 448: nothing is left to clamp."""
-    quotient = divide(finite_or_zero(x), scale, POW2)
-    return to_e4m3(tl.where(tl.abs(x) < float("inf"), quotient, float("nan")))
+def encode(x, scale):
+    """The codes of fp32 x. No clamp: |x / scale| is at most 448·(1 + 2^-23), which rounds to 448."""
+    return to_e4m3(divide(x, scale))

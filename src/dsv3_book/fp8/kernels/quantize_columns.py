@@ -1,0 +1,139 @@
+"""128×1 tiles: 128 tokens of a channel share a scale, and the tokens of a channel lie side by side.
+
+Wgrad contracts the tokens, so its operands are scaled along them and transposed (report §3.3.2). The kernel takes the
+numbers themselves, or codes with 1×128 scales, which it turns into the other tiling without anything in between in
+memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv3_book.fp8.kernels.casts import from_e4m3, widen
+from dsv3_book.fp8.kernels.launch import TILE, on_device_of
+from dsv3_book.fp8.kernels.rooms import tokens_in_place
+from dsv3_book.fp8.kernels.tiles import encode, finite_or_zero, tile_scale
+from dsv3_book.fp8.reference import total_rooms
+
+
+@triton.jit
+def rows_of(x, x_scale, first, within, tokens, block, D, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    """Tokens first + within of x in fp32, BLOCK_D channels of them, zeros where `within` is beyond the last token."""
+    column = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = (first + within).to(tl.int64)
+    inside = (within < tokens)[:, None] & (column < D)[None, :]
+    values = tl.load(x + token[:, None] * D + column[None, :], inside, other=0.0)
+    if x_scale is None:
+        values = widen(values)
+    else:  # BLOCK_D divides TILE: all these channels had one scale for a token
+        scale = tl.load(x_scale + token * tl.cdiv(D, TILE) + block * BLOCK_D // TILE, within < tokens, other=0.0)
+        values = from_e4m3(values) * scale[:, None]
+    return values
+
+
+@triton.jit
+def code_bytes(x, scale):
+    """The codes as whole numbers, to be put together."""
+    return encode(x, scale).to(tl.uint8, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def quantize_columns_kernel(
+    x, x_scale, counts, codes, scale, N, D, R, experts,
+    POW2: tl.constexpr, EXPERTS: tl.constexpr, WORDS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile of tokens by BLOCK_D channels: read along the channels, written along the tokens.
+
+    x_scale is None for numbers, counts is None (and EXPERTS 0) for tokens in one piece. Neighbouring programs take
+    neighbouring tiles of tokens: their codes and scales are neighbours in memory.
+
+    Turning a tile means that every thread's codes go to other threads, byte by byte, which is slow. So a thread reads four
+    tokens of its channels, makes a 32-bit word of their codes, and the words are turned: a quarter of the traffic.
+    """
+    tiles = tl.cdiv(R, TILE)
+    tile, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if EXPERTS > 0:
+        first, tokens = tokens_in_place(counts, tile * TILE, experts, EXPERTS, TILE)
+    else:
+        first, tokens = tile * TILE, N - tile * TILE
+    within = tl.arange(0, TILE // 4) * 4
+    a = rows_of(x, x_scale, first, within, tokens, block, D, BLOCK_D, TILE)
+    b = rows_of(x, x_scale, first, within + 1, tokens, block, D, BLOCK_D, TILE)
+    c = rows_of(x, x_scale, first, within + 2, tokens, block, D, BLOCK_D, TILE)
+    d = rows_of(x, x_scale, first, within + 3, tokens, block, D, BLOCK_D, TILE)
+
+    ab = tl.maximum(tl.abs(finite_or_zero(a)), tl.abs(finite_or_zero(b)))
+    cd = tl.maximum(tl.abs(finite_or_zero(c)), tl.abs(finite_or_zero(d)))
+    tile_scales = tile_scale(tl.max(tl.maximum(ab, cd), axis=0), POW2)
+    by = tile_scales[None, :]
+    words = code_bytes(a, by) | code_bytes(b, by) << 8 | code_bytes(c, by) << 16 | code_bytes(d, by) << 24
+
+    column = (block * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    tl.store(scale + column * tiles + tile, tile_scales, column < D)
+    place = tile * TILE + within
+    if WORDS:  # R is a multiple of 4, so words begin at multiples of 4 in every row of codes
+        at = column[:, None] * (R // 4) + (tile * (TILE // 4) + tl.arange(0, TILE // 4))[None, :]
+        inside = (column < D)[:, None] & (place < R)[None, :]
+        tl.store(codes.to(tl.pointer_type(tl.uint32), bitcast=True) + at, words.T, inside)
+    else:
+        for byte in tl.static_range(4):
+            code = (words.T >> (8 * byte)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+            inside = (column < D)[:, None] & (place + byte < R)[None, :]
+            tl.store(codes + column[:, None] * R + (place + byte)[None, :], code, inside)
+
+
+def _launch(
+    x: Tensor, x_scale: Tensor | None, counts: Tensor | None, pow2: bool, block_d: int, num_warps: int
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    N, D = x.shape
+    experts = 0 if counts is None else counts.shape[0]
+    R = N if counts is None else total_rooms(N, experts)
+    codes = torch.empty(D, R, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(D, triton.cdiv(R, TILE), dtype=torch.float32, device=x.device)
+    if scale.numel():
+        EXPERTS = triton.next_power_of_2(experts) if experts else 0
+        grid = (scale.shape[1] * triton.cdiv(D, block_d),)
+        with on_device_of(x):
+            quantize_columns_kernel[grid](
+                x,
+                x_scale,
+                counts,
+                codes,
+                scale,
+                N,
+                D,
+                R,
+                experts,
+                pow2,
+                EXPERTS,
+                R % 4 == 0,
+                block_d,
+                TILE,
+                num_warps=num_warps,
+            )
+    return codes, scale
+
+
+def quantize_columns(
+    x: Float[Tensor, "N D"], counts: Int[Tensor, " E"] | None = None, pow2: bool = False
+) -> tuple[Float[Tensor, "D R"], Float[Tensor, "D tiles"]]:
+    """128×1 tiles down the tokens of x [N, D], stored transposed: codes [D, R], scale [D, ⌈R/128⌉].
+
+    Without counts R = N. With counts [E] every expert's tokens get a room of whole tiles, and R = total_rooms(N, E);
+    places without a token are zero.
+    """
+    # 64 channels of bf16 are a cache line of 128 bytes to read, 128 tokens in e4m3 one to write.
+    return _launch(x, None, counts, pow2, block_d=64, num_warps=4)
+
+
+def requantize_columns(
+    codes: Float[Tensor, "N D"],
+    scale: Float[Tensor, "N tiles"],
+    counts: Int[Tensor, " E"] | None = None,
+    pow2: bool = False,
+) -> tuple[Float[Tensor, "D R"], Float[Tensor, "D row_tiles"]]:
+    """The same from codes [N, D] with 1×128 scales [N, ⌈D/128⌉]: Wgrad's second quantisation, one byte in, one out."""
+    return _launch(codes, scale.contiguous(), counts, pow2, block_d=TILE, num_warps=8)
