@@ -48,8 +48,8 @@ CONFIGS = (
 INTERPRETED_CONFIG = config(64, 64, 1)
 
 # What we expect of them on an H200 (4.8 TB/s, 1979 TFLOP/s, 132 SMs), written down before any measurement. At M = 4096
-# with tiles of 128×256: tensor cores busy 85 % of the time at 1.6 GHz, tiles brought from L2 at 7.5 TB/s in all, results
-# written at 4.8 TB/s while nobody multiplies, rounds of 132 tiles. At M = 64: 70 % of the bandwidth, and 4 µs to start.
+# with tiles of 128×256: tensor cores busy 85 % of the time at 1.6 GHz, tiles brought from L2 at 7.5 TB/s in all,
+# results written at 4.8 TB/s while nobody multiplies, rounds of 132 tiles. At M = 64: 70 % of the bandwidth and 4 µs.
 #
 #         N × K       M = 4096: floor   expected     TFLOP/s  tiles' rounds    M = 64: floor   expected
 #      2112 × 7168         63 µs         152 µs         820     3, 73 % full         3 µs         9 µs
