@@ -35,6 +35,13 @@ def test_methods_properties_modules_and_docstrings():
     assert show(plot).ranges[0][0] == 1
 
 
+def test_a_kernel_shows_what_was_decorated():
+    pytest.importorskip("triton")
+    from dsv3_book.fp8.kernels.gemm import gemm_kernel
+
+    assert "def gemm_kernel(" in show(gemm_kernel).text  # interpreted or compiled, and autotuned on top
+
+
 def test_what_has_no_source_is_named():
     with pytest.raises(TypeError, match="wants a function"):
         show(math.sin)
