@@ -166,6 +166,8 @@ def main() -> None:
     with ProcessPoolExecutor(given.processes) as pool:
         running = {pool.submit(train, arm, seed, given.steps): (arm, seed) for arm, seed in jobs}
         for done in as_completed(running):
+            if done.exception():
+                pool.shutdown(cancel_futures=True)  # else the error would wait for all the other runs
             done.result()
             print("done: {} seed {}".format(*running[done]), flush=True)
             write(given)
