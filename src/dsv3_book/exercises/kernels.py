@@ -112,7 +112,8 @@ def _halves_case(rows: int, columns: int, inner: int, says: str, hint: str) -> C
     b, b_scale = (t[0] for t in reference.quantize_blocks(B[None], False))
     out, around = _guarded(rows, columns)
     left, right = reference.dequantize_rows(a, a_scale), reference.dequantize_blocks(b[None], b_scale[None])[0]
-    judge = _filled(left.double() @ right.double().T, around, 2e-6)
+    tolerance = 2e-6 if _device() == "cpu" else 2e-3  # a tensor core's sum is narrow (chapter 8)
+    judge = _filled(left.double() @ right.double().T, around, tolerance)
     padded = [torch.cat([t.flatten().view(torch.uint8), torch.full((GUARD,), 0x7E, dtype=torch.uint8)]) for t in (a, b)]
     a, b = (p[: t.numel()].view(torch.float8_e4m3fn).view(t.shape).to(_device()) for p, t in zip(padded, (a, b)))
     return Case((a, a_scale.to(_device()), b, b_scale.to(_device()), out), judge, says=says, hint=hint)
