@@ -34,8 +34,8 @@ def partial_sum(a, b):
 def promoted(total, partial, a_scale, b_scale, B_BLOCKS: tl.constexpr):
     """total + partial · both scales: one for each row of A, and one for all of B's tile or one for each row of B.
 
-    By blocks the scales are multiplied first, which saves a multiplication for each number of the tile, so their product
-    must be a normal fp32: beyond 2^128 a zero times it is NaN, below 2^-126 digits are lost.
+    By blocks the scales are multiplied first, which saves a multiplication for each number of the tile, so their
+    product must be a normal fp32: beyond 2^128 a zero times it is NaN, below 2^-126 digits are lost.
     """
     if B_BLOCKS:
         return total + partial * (a_scale * b_scale)[:, None]
