@@ -41,7 +41,7 @@ def code_bytes(x, scale):
 
 @triton.jit
 def quantize_columns_kernel(
-    x, x_scale, counts, codes, scale, N, D, R, experts,
+    x, x_scale, counts, codes, scale, N, D, R, row_words, experts,
     POW2: tl.constexpr, EXPERTS: tl.constexpr, WORDS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens by BLOCK_D channels: read along the channels, written along the tokens.
@@ -49,8 +49,8 @@ def quantize_columns_kernel(
     x_scale is None for numbers, counts is None (and EXPERTS 0) for tokens in one piece. Neighbouring programs take
     neighbouring tiles of tokens: their codes and scales are neighbours in memory.
 
-    Turning a tile means that every thread's codes go to other threads, byte by byte, which is slow. So a thread reads four
-    tokens of its channels, makes a 32-bit word of their codes, and the words are turned: a quarter of the traffic.
+    Turning a tile means that every thread's codes go to other threads, byte by byte, which is slow. So a thread reads
+    four tokens of its channels and makes words of 32 bits of their codes; a quarter as many words are then turned.
     """
     tiles = tl.cdiv(R, TILE)
     tile, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -72,16 +72,16 @@ def quantize_columns_kernel(
 
     column = (block * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     tl.store(scale + column * tiles + tile, tile_scales, column < D)
-    place = tile * TILE + within
-    if WORDS:  # R is a multiple of 4, so words begin at multiples of 4 in every row of codes
-        at = column[:, None] * (R // 4) + (tile * (TILE // 4) + tl.arange(0, TILE // 4))[None, :]
-        inside = (column < D)[:, None] & (place < R)[None, :]
-        tl.store(codes.to(tl.pointer_type(tl.uint32), bitcast=True) + at, words.T, inside)
+    if WORDS:  # R is a multiple of 4, every row of codes is made of whole words, and `codes` points to words
+        word = tile * (TILE // 4) + tl.arange(0, TILE // 4)
+        inside = (column < D)[:, None] & (word < row_words)[None, :]
+        tl.store(codes + column[:, None] * row_words + word[None, :], words.T.to(tl.int32, bitcast=True), inside)
     else:
         for byte in tl.static_range(4):
             code = (words.T >> (8 * byte)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-            inside = (column < D)[:, None] & (place + byte < R)[None, :]
-            tl.store(codes + column[:, None] * R + (place + byte)[None, :], code, inside)
+            place = tile * TILE + within + byte
+            inside = (column < D)[:, None] & (place < R)[None, :]
+            tl.store(codes + column[:, None] * R + place[None, :], code, inside)
 
 
 def _launch(
@@ -95,25 +95,13 @@ def _launch(
     scale = torch.empty(D, triton.cdiv(R, TILE), dtype=torch.float32, device=x.device)
     if scale.numel():
         EXPERTS = triton.next_power_of_2(experts) if experts else 0
+        words = R % 4 == 0
         grid = (scale.shape[1] * triton.cdiv(D, block_d),)
         with on_device_of(x):
             quantize_columns_kernel[grid](
-                x,
-                x_scale,
-                counts,
-                codes,
-                scale,
-                N,
-                D,
-                R,
-                experts,
-                pow2,
-                EXPERTS,
-                R % 4 == 0,
-                block_d,
-                TILE,
-                num_warps=num_warps,
-            )
+                x, x_scale, counts, codes.view(torch.int32) if words else codes, scale, N, D, R, R // 4, experts,
+                pow2, EXPERTS, words, block_d, TILE, num_warps=num_warps,
+            )  # fmt: skip
     return codes, scale
 
 

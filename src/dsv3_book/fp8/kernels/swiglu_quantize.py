@@ -27,8 +27,8 @@ def silu(x):
 def swiglu_quantize_kernel(
     gate, up, weight, codes, scale, F, tiles, POW2: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """As `quantize_rows_kernel`, with numbers computed on the way: rounded to gate's dtype as if they had been in memory.
-    weight is None, or one number a row."""
+    """As `quantize_rows_kernel`, with numbers computed on the way: rounded to gate's dtype as if they had been in
+    memory. weight is None, or one number a row."""
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tiles_per_row = tl.cdiv(F, TILE)
     row, column = tile // tiles_per_row, tile % tiles_per_row * TILE
@@ -50,8 +50,8 @@ def swiglu_quantize_kernel(
 def swiglu_quantize(
     gate: Float[Tensor, "S F"], up: Float[Tensor, "S F"], weight: Float[Tensor, " S"] | None = None, pow2: bool = False
 ) -> tuple[Float[Tensor, "S F"], Float[Tensor, "S tiles"]]:
-    """silu(gate) · up (· weight, one number a row), computed in fp32 and rounded to gate's dtype, in e4m3 with 1×128 tiles:
-    codes [S, F], scale [S, ⌈F/128⌉]. Two reads, one write."""
+    """silu(gate) · up (· weight, one number a row), computed in fp32, rounded to gate's dtype, then to e4m3 in 1×128
+    tiles: codes [S, F], scale [S, ⌈F/128⌉]. Two reads, one write."""
     gate, up = gate.contiguous(), up.contiguous()
     S, F = gate.shape
     codes = torch.empty_like(gate, dtype=torch.float8_e4m3fn)

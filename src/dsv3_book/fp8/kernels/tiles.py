@@ -22,7 +22,7 @@ def finite_or_zero(x):
 @triton.jit
 def tile_scale(amax, POW2: tl.constexpr):
     """The scale of a tile whose largest finite magnitude is amax: amax / 448 correctly rounded, never below 2^-126."""
-    scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38)
+    scale = tl.maximum(divide(amax, 448.0), 1.1754943508222875e-38)
     if POW2:  # any mantissa bit set: the next power of two
         scale = ((scale.to(tl.uint32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return scale
@@ -30,17 +30,19 @@ def tile_scale(amax, POW2: tl.constexpr):
 
 @triton.jit
 def divide(x, scale):
-    """x / scale as IEEE division rounds it, down to quotients of 2^-12 (anything less becomes the code 0); NaN where x is
-    not finite. `scale` broadcasts to x.
+    """x / scale as IEEE division rounds it, NaN where x is not finite. Exact down to quotients of 2^-12 (less becomes
+    the code 0 anyway), and of 2^-126 for a scale of 2^-64 or more. `scale` broadcasts to x.
 
-    A division costs a GPU about ten instructions, more than the memory leaves time for. But a whole tile has one
-    divisor: its reciprocal is computed once, and each quotient is an estimate and one correction by its exact error:
+    A GPU has no instruction for division; an exact one takes it about ten, more than the memory leaves time for. But a
+    whole tile has one divisor: its reciprocal r is computed once, and each quotient is an estimate and one correction
+    by its exact error, three instructions:
 
         q = x·r,   error = q·scale - x,   x / scale = q - error·r
 
-    With r correctly rounded, and the error computed without rounding (that is what `fma` is for), this is the correctly
-    rounded quotient (Markstein's theorem). It fails only where the error would underflow: tiles with tiny scales are
-    moved away from there by a power of two. ±inf becomes inf - inf, NaN. The signs are such that -0 stays -0.
+    The error is computed without rounding (that is what `fma` is for). With r correctly rounded, q - error·r, rounded
+    once, is then the correctly rounded quotient (Markstein's theorem), unless the error underflows: where the scale is
+    tiny, all is moved away from there by a power of two. ±inf becomes inf - inf, NaN. The signs are such that -0 stays
+    -0.
     """
     if INTERPRETED:  # its fma rounds twice
         return tl.where(tl.abs(x) < float("inf"), tl.div_rn(x, scale), float("nan"))
