@@ -35,6 +35,15 @@ def test_rows(x: torch.Tensor, pow2: bool) -> None:
     assert same(kernels.quantize_rows(x, pow2), reference.quantize_rows(x, pow2))
 
 
+@pytest.mark.parametrize("pow2", [False, True])
+def test_scales_next_to_powers_of_two(pow2: bool) -> None:
+    """Largest magnitudes at 448·2^k and one step of fp32 to both sides, over the whole range of fp32."""
+    exact = 448 * 2.0 ** torch.arange(-140, 119, dtype=torch.float64)
+    at = exact.float().view(torch.int32)
+    x = torch.cat([at - 1, at, at + 1]).view(torch.float32)[:, None].to(DEVICE)
+    assert same(kernels.quantize_rows(x, pow2), reference.quantize_rows(x, pow2))
+
+
 @given(awkward([1, 2], [1, 128, 150], [1, 80, 128, 130]), pow2s)
 @settings(max_examples=30)
 def test_blocks(w: torch.Tensor, pow2: bool) -> None:

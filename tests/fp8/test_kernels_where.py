@@ -1,5 +1,5 @@
-"""Where the kernels can run, and what is said where they can't: compiled for a Hopper GPU that need not be there (memory
-is moved 16 bytes a thread at a time, no bit is flushed, nothing spills), without a GPU, and without Triton."""
+"""Where the kernels can run, and what is said where they can't: compiled for a Hopper GPU that need not be there
+(memory is moved 16 bytes a thread at a time, no bit is flushed, nothing spills), without a GPU, and without Triton."""
 
 import json
 import os
