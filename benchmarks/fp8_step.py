@@ -6,7 +6,7 @@ one thread, so that other programs on the machine count little; a ratio is the m
 round. Bytes are counted, not measured: what autograd keeps between forward and backward, each storage once, without the
 parameters; and AdamW's moments.
 
-    python benchmarks/fp8_step.py [--rounds 7] [--write]
+    python benchmarks/fp8_step.py [--rounds 5] [--write]
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def shares() -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="record as src/dsv3_book/results/fp8_step.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
