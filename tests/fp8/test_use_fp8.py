@@ -138,6 +138,8 @@ def test_fp8_keeps_fewer_bytes(monkeypatch):
         with ops.recomputed(block.input_layernorm, x) as h:
             assert ops.recomputed.covers(h) and ops.recomputed.covers(h[0]) and not ops.recomputed.covers(x)
             block.self_attn.q_a_proj(h)
+            with ops.recomputed(torch.neg, x):
+                assert not ops.recomputed.covers(h)  # only the innermost block's hooks see what is saved
     assert all(t.dtype != torch.float8_e4m3fn for t in saved)
 
 
