@@ -33,8 +33,9 @@ def test_every_quantiser_suits_hopper(compiled: list[dict[str, Any]]) -> None:
     for r in compiled:
         assert r["spilled"] == 0, r
         assert r["flushes"] == 0, r  # subnormals are numbers too
-        assert r["wide_loads"] > 0, r
         assert r["narrow"] == 0, r
+        # 16 bytes a thread; turned tiles are read a cache line a warp instead.
+        assert r["wide_loads"] > 0 or r["kernel"] == "quantize_columns_kernel", r
         if r["kernel"] != "amax_kernel":
             assert r["wide_stores"] > 0, r
             # Two numbers a cast; and far fewer divisions than numbers.

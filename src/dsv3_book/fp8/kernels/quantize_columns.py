@@ -11,17 +11,21 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3_book.fp8.kernels.casts import from_e4m3, widen
+from dsv3_book.fp8.kernels.casts import four_e4m3, from_e4m3, widen
 from dsv3_book.fp8.kernels.launch import TILE, on_device_of
 from dsv3_book.fp8.kernels.rooms import tokens_in_place
-from dsv3_book.fp8.kernels.tiles import encode, finite_or_zero, tile_scale
+from dsv3_book.fp8.kernels.tiles import divide, finite_or_zero, tile_scale
 from dsv3_book.fp8.reference import total_rooms
+
+BLOCK_D = 64
+"""Channels a program: of bf16 a cache line of 128 bytes to read for each token; 128 tokens in e4m3 are one to write."""
 
 
 @triton.jit
 def rows_of(x, x_scale, first, within, tokens, block, D, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
     """Tokens first + within of x in fp32, BLOCK_D channels of them, zeros where `within` is beyond the last token."""
-    column = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Four channels a thread make whole cache lines a warp. Of more channels it would have more scales to compute.
+    column = tl.max_contiguous(block * BLOCK_D + tl.arange(0, BLOCK_D), 4)
     token = (first + within).to(tl.int64)
     inside = (within < tokens)[:, None] & (column < D)[None, :]
     values = tl.load(x + token[:, None] * D + column[None, :], inside, other=0.0)
@@ -31,12 +35,6 @@ def rows_of(x, x_scale, first, within, tokens, block, D, BLOCK_D: tl.constexpr, 
         scale = tl.load(x_scale + token * tl.cdiv(D, TILE) + block * BLOCK_D // TILE, within < tokens, other=0.0)
         values = from_e4m3(values) * scale[:, None]
     return values
-
-
-@triton.jit
-def code_bytes(x, scale):
-    """The codes as whole numbers, to be put together."""
-    return encode(x, scale).to(tl.uint8, bitcast=True).to(tl.uint32)
 
 
 @triton.jit
@@ -68,25 +66,23 @@ def quantize_columns_kernel(
     cd = tl.maximum(tl.abs(finite_or_zero(c)), tl.abs(finite_or_zero(d)))
     tile_scales = tile_scale(tl.max(tl.maximum(ab, cd), axis=0), POW2)
     by = tile_scales[None, :]
-    words = code_bytes(a, by) | code_bytes(b, by) << 8 | code_bytes(c, by) << 16 | code_bytes(d, by) << 24
+    words = four_e4m3(divide(a, by), divide(b, by), divide(c, by), divide(d, by))
 
     column = (block * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     tl.store(scale + column * tiles + tile, tile_scales, column < D)
     if WORDS:  # R is a multiple of 4, every row of codes is made of whole words, and `codes` points to words
         word = tile * (TILE // 4) + tl.arange(0, TILE // 4)
         inside = (column < D)[:, None] & (word < row_words)[None, :]
-        tl.store(codes + column[:, None] * row_words + word[None, :], words.T.to(tl.int32, bitcast=True), inside)
+        tl.store(codes + column[:, None] * row_words + word[None, :], words.T, inside)
     else:
         for byte in tl.static_range(4):
-            code = (words.T >> (8 * byte)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+            code = (words.T >> (8 * byte) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
             place = tile * TILE + within + byte
             inside = (column < D)[:, None] & (place < R)[None, :]
             tl.store(codes + column[:, None] * R + place[None, :], code, inside)
 
 
-def _launch(
-    x: Tensor, x_scale: Tensor | None, counts: Tensor | None, pow2: bool, block_d: int, num_warps: int
-) -> tuple[Tensor, Tensor]:
+def _launch(x: Tensor, x_scale: Tensor | None, counts: Tensor | None, pow2: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     N, D = x.shape
     experts = 0 if counts is None else counts.shape[0]
@@ -96,11 +92,11 @@ def _launch(
     if scale.numel():
         EXPERTS = triton.next_power_of_2(experts) if experts else 0
         words = R % 4 == 0
-        grid = (scale.shape[1] * triton.cdiv(D, block_d),)
+        grid = (scale.shape[1] * triton.cdiv(D, BLOCK_D),)
         with on_device_of(x):
             quantize_columns_kernel[grid](
                 x, x_scale, counts, codes.view(torch.int32) if words else codes, scale, N, D, R, R // 4, experts,
-                pow2, EXPERTS, words, block_d, TILE, num_warps=num_warps,
+                pow2, EXPERTS, words, BLOCK_D, TILE, num_warps=4,
             )  # fmt: skip
     return codes, scale
 
@@ -113,8 +109,7 @@ def quantize_columns(
     Without counts R = N. With counts [E] every expert's tokens get a room of whole tiles, and R = total_rooms(N, E);
     places without a token are zero.
     """
-    # 64 channels of bf16 are a cache line of 128 bytes to read, 128 tokens in e4m3 one to write.
-    return _launch(x, None, counts, pow2, block_d=64, num_warps=4)
+    return _launch(x, None, counts, pow2)
 
 
 def requantize_columns(
@@ -124,4 +119,4 @@ def requantize_columns(
     pow2: bool = False,
 ) -> tuple[Float[Tensor, "D R"], Float[Tensor, "D row_tiles"]]:
     """The same from codes [N, D] with 1×128 scales [N, ⌈D/128⌉]: Wgrad's second quantisation, one byte in, one out."""
-    return _launch(codes, scale.contiguous(), counts, pow2, block_d=TILE, num_warps=8)
+    return _launch(codes, scale.contiguous(), counts, pow2)
