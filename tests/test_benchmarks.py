@@ -20,7 +20,7 @@ def path(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it measures, for minutes")
-def test_without_a_measure_the_benchmark_runs_small_and_measures_nothing():
+def test_without_a_gpu_the_benchmark_runs_small_and_measures_nothing():
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "fp8_gemm.py"), "--write"],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
