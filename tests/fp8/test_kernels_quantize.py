@@ -63,6 +63,11 @@ def test_columns_of_experts(data: st.DataObject, counts: torch.Tensor, pow2: boo
     assert same(kernels.quantize_columns(x, counts, pow2), reference.quantize_columns(x, counts, pow2))
 
 
+def test_counts_need_not_lie_side_by_side() -> None:
+    x, counts = torch.ones(10, 5, device=DEVICE), torch.tensor([[3, 9], [0, 9], [7, 9]], device=DEVICE)[:, 0]
+    assert same(kernels.quantize_columns(x, counts), reference.quantize_columns(x, counts, False))
+
+
 @given(awkward([1, 5, 128, 200], [1, 64, 80, 130]), pow2s, pow2s)
 @settings(max_examples=20)
 def test_codes_to_columns(x: torch.Tensor, first: bool, pow2: bool) -> None:

@@ -1,6 +1,7 @@
 """Whole models in FP8: which modules, close to the unquantised model, and in every setting the model knows."""
 
 import copy
+import io
 import subprocess
 import sys
 import textwrap
@@ -157,6 +158,21 @@ def test_a_copied_model_is_on_its_own():
     assert not torch.equal(step(copied)[0], step(model)[0])
 
 
+def test_a_saved_model_forgets_its_codes():
+    """They could not be told from stale ones: a loaded parameter counts its changes from zero."""
+    _, model = pair()
+    with torch.no_grad():
+        model.layers["0"].self_attn.o_proj.weight.mul_(1.5)
+    right = step(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    caches = [m.product.cache for m in loaded.modules() if isinstance(getattr(m, "product", None), Fp8Linear)]
+    assert caches and all(cache.seen is None for cache in caches)
+    assert torch.equal(step(loaded)[0], right[0])
+
+
 def test_a_loaded_state_is_seen():
     _, model = pair()
     other = Transformer(TINY, seed=2)
@@ -211,21 +227,21 @@ def in_a_process_of_its_own(code):
 def test_compiled_without_a_break():
     in_a_process_of_its_own("""
         import torch
-        from dsv3_book.fp8.linear import Fp8Linear
-        from dsv3_book.model import ops
+        from dsv3_book.fp8.experts import Fp8Experts
+        from dsv3_book.fp8.linear import Fp8Linear, Fp8SwiGLU
 
-        x, dy = torch.randn(9, 70), torch.randn(9, 50)
-        for after_attention in (False, True):
-            layer = ops.Linear(70, 50)
-            torch.nn.init.normal_(layer.weight)
-            layer.product = Fp8Linear(after_attention)
+        experts, counts = Fp8Experts(), torch.tensor([5, 0, 4])
+        for layer, *shapes in (
+            (Fp8Linear(), (9, 70), (50, 70)),
+            (Fp8Linear(after_attention=True), (9, 70), (50, 70)),
+            (Fp8SwiGLU(), (9, 70), (50, 70), (50, 70), (70, 50)),
+            (lambda x, g, *w: experts(x, g, counts, *w), (9, 70), (9,), (3, 50, 70), (3, 50, 70), (3, 70, 50)),
+        ):
+            given = [torch.randn(shape, requires_grad=True) for shape in shapes]
             answers = []
             for fn in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-                leaf = x.clone().requires_grad_()
-                layer.weight.grad = None
-                y = fn(leaf)
-                y.backward(dy)
-                answers.append((y.detach(), leaf.grad, layer.weight.grad))
+                y = fn(*given)
+                answers.append((y, *torch.autograd.grad(y.square().sum(), given)))
             assert all(torch.equal(a, b) for a, b in zip(*answers))
     """)
 

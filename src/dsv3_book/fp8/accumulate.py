@@ -48,8 +48,14 @@ def accumulate(
     A short last step is padded with zeros, which changes nothing.
 
     Raises:
-        ValueError: NaN codes; bits outside 4 … 40; `promote_every` is no multiple of `step`.
+        ValueError: other dtypes; K that differ; NaN codes; bits outside 4 … 40; `promote_every` is no multiple of
+            `step`.
     """
+    for name, codes in (("a", a), ("b", b)):
+        if codes.dtype != torch.float8_e4m3fn:
+            raise ValueError(f"{name} is {codes.dtype}, expected torch.float8_e4m3fn: quantise it first")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a {list(a.shape)} and b {list(b.shape)} differ in their last axis, which A·Bᵀ contracts")
     if not 4 <= bits <= 40:
         raise ValueError(f"bits={bits}: the emulation is exact for 4 … 40 bits")
     if promote_every is not None and (promote_every < step or promote_every % step):
@@ -62,8 +68,8 @@ def accumulate(
     if av.isnan().any() or bv.isnan().any():
         raise ValueError("a NaN code has no place in this model: sums with NaN are NaN on every machine")
 
-    register = torch.zeros(a.shape[0], b.shape[0], dtype=wide)
-    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32)
+    register = torch.zeros(a.shape[0], b.shape[0], dtype=wide, device=a.device)
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     for s in range(av.shape[1]):
         products = av[:, None, s] * bv[None, :, s]  # [M, N, step], exact
         register = add_step(register, products, ae[:, None, s] + be[None, :, s], bits, cut)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3_book.fp8.gemm import grouped_fp8_gemm, grouped_fp8_wgrad
 from dsv3_book.fp8.linear import Quantised, QuantisedWeight, WeightCache, swiglu_backward
@@ -69,6 +70,7 @@ class _Experts(torch.autograd.Function):
         return grouped_fp8_gemm(*swiglu_quantize(g, u, gates, pow2=True), *w_down.blocks, counts, tokens.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, x_scale, g, g_scale, u, u_scale, gates, counts = ctx.saved_tensors
         weights: tuple[QuantisedWeight, ...] = ctx.quantised

@@ -96,8 +96,12 @@ class Format:
         return torch.where(spoiled, self.nan, code).to(_code_dtype(self.bits))
 
     def decode(self, codes: Integer[Tensor, "*n"]) -> Float32[Tensor, "*n"]:
-        """The exact values of codes, by looking them up in `table`."""
-        return _table(self).to(codes.device)[codes.long()]
+        """The exact values of codes, by looking them up in `table`.
+
+        Raises:
+            ValueError: `codes` are floating-point numbers, as torch takes its own 8-bit types to be.
+        """
+        return _table(self).to(codes.device)[_integers(codes)]
 
     def round(self, x: Float[Tensor, "*n"]) -> Float32[Tensor, "*n"]:
         """The values that x becomes: encode, then decode."""
@@ -147,7 +151,7 @@ class ScaleFormat:
 
     def decode(self, codes: UInt8[Tensor, "*n"]) -> Float32[Tensor, "*n"]:
         """2^(code − 127), exactly; 255 is NaN."""
-        return self.table().to(codes.device)[codes.long()]
+        return self.table().to(codes.device)[_integers(codes)]
 
     def table(self) -> Float32[Tensor, " codes"]:
         """The value of each code, 0 … 255."""
@@ -204,6 +208,12 @@ def _fp32(x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         raise ValueError("float64 would be rounded twice, to fp32 and to the format: cast it with .float() yourself")
     return x.detach().to(torch.float32)
+
+
+def _integers(codes: Tensor) -> Tensor:
+    if codes.is_floating_point():
+        raise ValueError(f"codes are {codes.dtype}, expected integers: of an 8-bit type, give codes.view(torch.uint8)")
+    return codes.long()
 
 
 def _code_dtype(bits: int) -> torch.dtype:

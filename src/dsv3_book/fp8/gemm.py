@@ -15,7 +15,7 @@ from jaxtyping import Float, Float8e4m3fn, Int
 from torch import Tensor
 
 from dsv3_book.fp8 import operators
-from dsv3_book.fp8.quantize import check_codes, check_counts, same_device, tiles
+from dsv3_book.fp8.quantize import at_hand, check_axes, check_codes, check_counts, same_device, tiles
 from dsv3_book.fp8.reference import total_rooms
 
 OUTPUTS = (torch.bfloat16, torch.float32)
@@ -29,10 +29,10 @@ def fp8_gemm(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "M N"]:
     """A·Bᵀ [M, N]; b_scale [⌈N/128⌉, ⌈K/128⌉] or [N, ⌈K/128⌉]."""
-    _check_inner(a, b, out_dtype)
+    _check_operands(a, "M K", b, "N K", out_dtype)
     (M, K), N = a.shape, b.shape[0]
     check_codes("a", a, a_scale, (M, tiles(K)))
-    rows = N if b_scale.shape[0] == N else tiles(N)
+    rows = N if b_scale.shape[:1] == (N,) else tiles(N)
     check_codes("b", b, b_scale, (rows, tiles(K)))
     same_device(a, b)
     return operators.gemm(a, a_scale, b, b_scale, out_dtype)
@@ -47,7 +47,7 @@ def grouped_fp8_gemm(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "S N"]:
     """The contiguous layout: rows of A sorted by expert, the first counts[0] meet b[0], and so on. Counts can be 0."""
-    _check_inner(a, b, out_dtype)
+    _check_operands(a, "S K", b, "E N K", out_dtype)
     check_codes("a", a, a_scale, (a.shape[0], tiles(a.shape[1])))
     _check_experts(b, b_scale, counts)
     check_counts(counts, a.shape[0], a.device)
@@ -65,14 +65,15 @@ def masked_fp8_gemm(
 ) -> Float[Tensor, "E room N"]:
     """The masked layout, for decoding: every expert has the same room, of which counts[e] rows are real; the others
     give zeros."""
-    _check_inner(a, b, out_dtype)
+    _check_operands(a, "E room K", b, "E N K", out_dtype)
     check_codes("a", a, a_scale, (*a.shape[:2], tiles(a.shape[2])))
     _check_experts(b, b_scale, counts)
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"a has rooms for {a.shape[0]} experts, but b holds {b.shape[0]}")
-    if a.device.type == "cpu" and counts.numel() and not 0 <= int(counts.min()) <= int(counts.max()) <= a.shape[1]:
-        raise ValueError(f"counts {counts.tolist()} must lie between 0 and the room of {a.shape[1]} rows")
-    same_device(a, b, counts)
+    check_counts(counts, None, a.device)
+    if at_hand(counts) and bool((counts > a.shape[1]).any()):
+        raise ValueError(f"counts {counts.tolist()} must not exceed the room of {a.shape[1]} rows")
+    same_device(a, b)
     return operators.masked_gemm(a, a_scale, b, b_scale, counts, out_dtype)
 
 
@@ -85,11 +86,11 @@ def grouped_fp8_wgrad(
     out_dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "E N1 N2"]:
     """Per expert A·Bᵀ over its room of tokens, both from `quantize_columns(…, counts)`; zeros for an expert without."""
-    _check_inner(a, b, out_dtype)
+    _check_operands(a, "N1 R", b, "N2 R", out_dtype)
     check_codes("a", a, a_scale, (a.shape[0], tiles(a.shape[1])))
     check_codes("b", b, b_scale, (b.shape[0], tiles(b.shape[1])))
-    check_counts(counts, int(counts.sum()) if a.device.type == "cpu" else 0, a.device)
-    if a.device.type == "cpu" and a.shape[1] != total_rooms(int(counts.sum()), len(counts)):
+    check_counts(counts, None, a.device)
+    if at_hand(counts) and a.shape[1] != total_rooms(int(counts.sum()), len(counts)):
         raise ValueError(
             f"a has {a.shape[1]} places, but {int(counts.sum())} tokens of {len(counts)} experts have "
             f"{total_rooms(int(counts.sum()), len(counts))}: quantise both operands with these counts"
@@ -98,7 +99,9 @@ def grouped_fp8_wgrad(
     return operators.grouped_wgrad(a, a_scale, b, b_scale, counts, out_dtype)
 
 
-def _check_inner(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> None:
+def _check_operands(a: Tensor, a_axes: str, b: Tensor, b_axes: str, out_dtype: torch.dtype) -> None:
+    check_axes("a", a, a_axes)
+    check_axes("b", b, b_axes)
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(
             f"a {list(a.shape)} and b {list(b.shape)} differ in their last axis, which A·Bᵀ contracts: "

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -70,8 +71,8 @@ class WeightCache:
             self.seen, self.quantised = (weight.detach(), weight._version), QuantisedWeight(weight)
         return self.quantised
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
-        return WeightCache()  # a copied model has weights of its own
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()  # a copied or unpickled model has weights of its own, whose versions count from zero
 
 
 @functools.cache
@@ -109,6 +110,7 @@ class _Linear(torch.autograd.Function):
         return fp8_gemm(*codes, *quantised.blocks, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         quantised: QuantisedWeight = ctx.quantised
         dy = grads[0].reshape(-1, grads[0].shape[-1])
@@ -171,6 +173,7 @@ class _SwiGLU(torch.autograd.Function):
         return fp8_gemm(*swiglu_quantize(g, u), *w_down.blocks, x.dtype).view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights: tuple[QuantisedWeight, ...] = ctx.quantised
         w_gate, w_up, w_down = weights

@@ -36,7 +36,12 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def register(shapes: Callable[..., Any]) -> Callable[..., Any]:
         name = shapes.__name__
-        cpu = getattr(reference, name)
+        plain = getattr(reference, name)
+
+        def cpu(*args: Any) -> Any:
+            with torch.autocast("cpu", enabled=False):  # it would multiply in bf16 what is defined in fp32
+                return plain(*args)
+
         operator = torch.library.custom_op(
             f"dsv3_book::{name}", cpu, mutates_args=(), device_types="cpu", schema=schema
         )

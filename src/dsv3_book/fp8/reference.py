@@ -54,9 +54,11 @@ def decode(codes: Tensor) -> Tensor:
     """E4M3 codes as fp32. torch's cast is slow on a CPU; there the bits s·eeee·mmm move to where fp16 has them,
     s·0eeee·mmm0000000: that is the same number but for the factor 2⁸ between the two formats' biases."""
     codes = codes.contiguous()
+    if codes.device.type != "cpu" or not codes.numel() or torch.compiler.is_compiling():  # it can't look at numbers
+        return codes.float()
     bits = codes.view(torch.int8)
-    if codes.device.type != "cpu" or not bits.numel() or bits.amax() == 0x7F or bits.view(torch.uint8).amax() == 0xFF:
-        return codes.float()  # fp16's NaN has another pattern
+    if bits.amax() == 0x7F or bits.view(torch.uint8).amax() == 0xFF:  # fp16's NaN has another pattern
+        return codes.float()
     half = bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)  # int8's sign filled two bits
     return half.view(torch.float16).float().mul_(256)
 
@@ -103,6 +105,8 @@ def dequantize_blocks(codes: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     """One scale for all of x: codes like x, scale []."""
+    if not x.numel():
+        return x.to(torch.float8_e4m3fn), torch.full((), MIN_SCALE, device=x.device)
     codes, scale = _encode(x.reshape(1, -1), (-1,), False)
     return codes.view(x.shape), scale.view(())
 

@@ -90,6 +90,7 @@ def _launch(x: Tensor, x_scale: Tensor | None, counts: Tensor | None, pow2: bool
     codes = torch.empty(D, R, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(D, triton.cdiv(R, TILE), dtype=torch.float32, device=x.device)
     if scale.numel():
+        counts = None if counts is None else counts.contiguous()
         EXPERTS = triton.next_power_of_2(experts) if experts else 0
         words = R % 4 == 0
         grid = (scale.shape[1] * triton.cdiv(D, BLOCK_D),)
