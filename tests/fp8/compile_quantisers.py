@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from dsv3_book.fp8 import kernels
-from dsv3_book.fp8.kernels.compiled import assemble
+from dsv3_book.fp8.hopper import assemble, compile_here
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv",
@@ -27,25 +25,21 @@ TYPES = {
 def compile_instead(fn: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **options: Any) -> None:
     """Takes the place of JITFunction.run."""
     del grid, warmup
-    signature: dict[str, str] = {}
+    types: dict[str, str] = {}
     constants: dict[str, Any] = {}
-    hints: dict[tuple[int, ...], Any] = {}
-    for i, (parameter, value) in enumerate(zip(fn.params, args)):
+    for parameter, value in zip(fn.params, args):
         if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:  # as Triton's own launcher finds out
-            hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn, signature=signature, constexprs=constants, attrs=hints)
-    target = GPUTarget("cuda", 90, 32)
-    ptx = triton.compile(source, target=target, options={"num_warps": num_warps} | options).asm["ptx"]
-    said = assemble(ptx)
+            constants[parameter.name] = value
+        else:
+            types[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+    aligned = [p.name for p, value in zip(fn.params, args) if isinstance(value, int) and value % 16 == 0]
+    ptx = compile_here(fn, types, constants, aligned, num_warps=num_warps, **options).asm["ptx"]
+    assembled = assemble(ptx)
     report = {
         "kernel": fn.__name__,
-        "types": sorted(set(signature.values())),
-        "registers": int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
-        "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
+        "types": sorted({*types.values(), "constexpr"}),
+        "registers": assembled.registers,
+        "spilled": assembled.spilled,
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
         "narrow": len(re.findall(r"(?:ld|st)\.global\S*\.b(?:8|16)\b", ptx)),

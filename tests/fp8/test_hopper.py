@@ -38,6 +38,8 @@ def test_a_kernel_of_the_package():
     job = hopper.job(quantize_rows_kernel, types, {"POW2": False, "TILES": 32, "TILE": 128})
     (ptx,) = hopper.compile_for_hopper([job])
     assert hopper.count_instructions(ptx)["cvt e4m3"] == 32 * 128 // (4 * 32) // 2  # numbers a thread, two at a time
+    assembled = hopper.assemble(ptx)
+    assert 0 < assembled.registers <= 255 and assembled.spilled == 0
 
 
 def test_a_kernel_that_does_not_compile_is_told():

@@ -1,7 +1,8 @@
 """What the compiler makes of a Triton kernel for a Hopper GPU: no GPU is needed to look.
 
-Triton compiles for any target that it is told; only running the result takes the device. In a process whose kernels are
-interpreted (`TRITON_INTERPRET=1`) nothing can be compiled, not even Triton's own library: so another Python does it.
+Triton compiles for any target that it is told, and brings NVIDIA's assembler; only running the result takes the device.
+In a process whose kernels are interpreted (`TRITON_INTERPRET=1`) nothing can be compiled, not even Triton's own
+library: so another Python does it.
 """
 
 import inspect
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,21 +38,14 @@ from dsv3_book.fp8.kernels.casts import *
 """
 
 _COMPILE = """\
-import importlib, json, sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import importlib, json, sys
+from dsv3_book.fp8.hopper import compile_here
 
 sys.path.insert(0, sys.argv[1])
 answers = []
 for job in json.load(sys.stdin):
     kernel = getattr(importlib.import_module(job["module"]), job["name"])
-    while not isinstance(kernel, triton.JITFunction):
-        kernel = kernel.fn  # autotuned
-    signature = {name: job["types"].get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] in "*i"}
-    source = ASTSource(kernel, signature=signature, constexprs=job["constants"], attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=job["options"])
-    answers.append(compiled.asm["ptx"])
+    answers.append(compile_here(kernel, job["types"], job["constants"], **job["options"]).asm["ptx"])
 json.dump(answers, sys.stdout)
 """
 
@@ -76,6 +71,39 @@ def job(
         "constants": dict(constants),
         "options": {"num_warps": num_warps, "num_stages": num_stages},
     }
+
+
+def compile_here(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Collection[str] | None = None,
+    **options: int,
+) -> Any:
+    """Compiles a kernel for compute capability 9.0 in this process, which must not interpret.
+
+    Args:
+        types: of the arguments that are no constants, as for `job`.
+        aligned: integers to be taken for multiples of 16, as Triton finds out at a launch; None for all. Pointers are.
+        options: num_warps, num_stages.
+
+    Returns:
+        Triton's result: `.asm["ptx"]`, `.metadata.shared`.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn  # autotuned
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    hints = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind[0] == "*" or (kind[0] == "i" and (aligned is None or name in aligned))
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def compile_for_hopper(jobs: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -104,3 +132,26 @@ def compile_for_hopper(jobs: Iterable[Mapping[str, Any]]) -> list[str]:
 def count_instructions(ptx: str) -> Counter[str]:
     """How often each of `INSTRUCTIONS` stands in a program's PTX."""
     return Counter({name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()})
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What NVIDIA's assembler says about a program."""
+
+    registers: int  # a thread's
+    spilled: int  # bytes that found no register
+    serialised: bool  # must every wgmma be waited for before the next?
+
+
+def assemble(ptx: str) -> Assembled:
+    """Runs NVIDIA's assembler, which hands out the registers; it comes with Triton."""
+    import triton
+
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        command = [str(assembler), "-v", "--gpu-name=sm_90a", str(source), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (registers,), (spilled,) = (re.findall(p, said) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    return Assembled(int(registers), int(spilled), "serialized" in said)

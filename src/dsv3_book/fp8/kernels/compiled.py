@@ -8,24 +8,16 @@ leaves out most candidates of most products, `--json` prints an object a line.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from dsv3_book.fp8.hopper import assemble, compile_here, count_instructions
 from dsv3_book.fp8.kernels import tuning
-
-HOPPER = GPUTarget("cuda", 90, 32)
-ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 # A Triton type for each argument that is not a constant. Sizes and strides are taken to be multiples of 16, as all of
 # the model's are but the number of tokens: Triton compiles another version, with slower stores, where one is not.
@@ -70,37 +62,17 @@ def products() -> Iterator[tuple[Any, bool, str, dict[str, Any]]]:
     yield grouped_wgrad_kernel, False, "fp32", {"LEVELS": 8}
 
 
-def compile_for_hopper(kernel: Any, out: str, constants: dict[str, Any], config: triton.Config) -> Any:
-    """The compiled kernel: `.asm["ptx"]`, `.metadata.shared`."""
-    constants = constants | config.kwargs
-    types = TYPES | {"c": f"*{out}"} | dict.fromkeys(constants, "constexpr")
-    for operand, rows in (("a_tma", "BLOCK_M"), ("b_tma", "BLOCK_N")):
-        types[operand] = f"tensordesc<fp8e4nv[{constants[rows]},{tuning.TILE}]>"
-    signature = {name: types[name] for name in kernel.fn.arg_names}
-    hints = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in ALIGNED
-    }
-    source = ASTSource(kernel.fn, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=HOPPER, options=options)
-
-
-def assemble(ptx: str) -> str:
-    """What NVIDIA's assembler says about this PTX."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [str(ASSEMBLER), "-v", "--gpu-name=sm_90a", str(source), "-o", os.devnull]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
 def report(kernel: Any, by_blocks: bool, out: str, constants: dict[str, Any], config: triton.Config) -> Report:
     """Compiles and counts."""
-    compiled = compile_for_hopper(kernel, out, constants | {"B_BLOCKS": by_blocks, "BAND": tuning.BAND}, config)
-    ptx, said = compiled.asm["ptx"], assemble(compiled.asm["ptx"])
     shape = config.kwargs
+    constants = constants | shape | {"B_BLOCKS": by_blocks, "BAND": tuning.BAND}
+    types = TYPES | {"c": f"*{out}"}
+    for operand, rows in (("a_tma", "BLOCK_M"), ("b_tma", "BLOCK_N")):
+        types[operand] = f"tensordesc<fp8e4nv[{shape[rows]},{tuning.TILE}]>"
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = compile_here(kernel, types, constants, ALIGNED, **options)
+    ptx = compiled.asm["ptx"]
+    counts, assembled = count_instructions(ptx), assemble(ptx)
     return Report(
         kernel=kernel.fn.__name__,
         tile=f"{shape['BLOCK_M']}×{tuning.width(shape)}",
@@ -109,13 +81,13 @@ def report(kernel: Any, by_blocks: bool, out: str, constants: dict[str, Any], co
         specialised=shape["SPECIALISED"],
         scales_of_b="128×128" if by_blocks else "1×128",
         out=out,
-        registers=int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
-        spilled=int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
+        registers=assembled.registers,
+        spilled=assembled.spilled,
         shared=compiled.metadata.shared,
         wgmma=len(re.findall(r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3", ptx)),
-        tma=ptx.count("cp.async.bulk.tensor.2d.shared"),
-        setmaxnreg=ptx.count("setmaxnreg"),
-        serialised="serialized" in said,
+        tma=counts["TMA"],
+        setmaxnreg=counts["setmaxnreg"],
+        serialised=assembled.serialised,
     )
 
 
