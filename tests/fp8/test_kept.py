@@ -76,7 +76,12 @@ def by_data(p):
     p.data = torch.randn_like(p)
 
 
-CHANGES = [sgd, fused, ours, bf16_moments, by_load_state_dict, by_copy, by_data]
+def by_fewer_rows(p):
+    """At the same address."""
+    p.data, p.grad = p.data[: len(p) // 2], None
+
+
+CHANGES = [sgd, fused, ours, bf16_moments, by_load_state_dict, by_copy, by_data, by_fewer_rows]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -1,4 +1,7 @@
-"""FP8 as V3 trains in it (report §3.3): formats, quantisers by tiles, products, and the layers made of them."""
+"""FP8 as V3 trains in it (report §3.3): formats, quantisers by tiles, products, and the layers made of them.
+
+The functions here have no gradients of their own; `layers.use_fp8` and the modules it uses do.
+"""
 
 from dsv3_book.fp8.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_fp8_gemm
 from dsv3_book.fp8.quantize import (

@@ -15,8 +15,8 @@ from jaxtyping import Float, Float8e4m3fn, Int
 from torch import Tensor
 
 from dsv3_book.fp8 import operators
-from dsv3_book.fp8.quantize import at_hand, check_axes, check_codes, check_counts, same_device, tiles
-from dsv3_book.fp8.reference import total_rooms
+from dsv3_book.fp8.quantize import at_hand, check_axes, check_codes, check_counts, same_device
+from dsv3_book.fp8.reference import tiles, total_rooms
 
 OUTPUTS = (torch.bfloat16, torch.float32)
 

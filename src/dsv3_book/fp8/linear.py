@@ -61,14 +61,15 @@ class WeightCache:
 
     def __init__(self) -> None:
         _watch_optimizers()
-        self.seen: tuple[Tensor, int] | None = None
+        self.seen: tuple[Any, ...] | None = None
 
     def __call__(self, weight: Tensor) -> QuantisedWeight:
         if torch.compiler.is_compiling() or weight.is_inference():  # neither tells whether it changed
             return QuantisedWeight(weight)
-        if self.seen is None or self.seen[0].data_ptr() != weight.data_ptr() or self.seen[1] != weight._version:
+        now = weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), weight._version
+        if self.seen != now:
             # Holding the tensor keeps its address from being given to another one.
-            self.seen, self.quantised = (weight.detach(), weight._version), QuantisedWeight(weight)
+            self.seen, self.held, self.quantised = now, weight.detach(), QuantisedWeight(weight)
         return self.quantised
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv3_book.fp8 import reference
-from dsv3_book.fp8.reference import TILE, total_rooms
+from dsv3_book.fp8.reference import tiles, total_rooms
 
 E4M3 = torch.float8_e4m3fn
 
@@ -52,22 +52,18 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return register
 
 
-def _tiles(n: int) -> int:
-    return -(-n // TILE)
-
-
 def _pair(x: Tensor, codes: tuple[Any, ...], scale: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return x.new_empty(codes, dtype=E4M3), x.new_empty(scale, dtype=torch.float32)
 
 
 @_operator("(Tensor x, bool pow2) -> (Tensor, Tensor)")
 def quantize_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
-    return _pair(x, x.shape, (x.shape[0], _tiles(x.shape[1])))
+    return _pair(x, x.shape, (x.shape[0], tiles(x.shape[1])))
 
 
 @_operator("(Tensor w, bool pow2) -> (Tensor, Tensor)")
 def quantize_blocks(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
-    return _pair(w, w.shape, (w.shape[0], _tiles(w.shape[1]), _tiles(w.shape[2])))
+    return _pair(w, w.shape, (w.shape[0], tiles(w.shape[1]), tiles(w.shape[2])))
 
 
 @_operator("(Tensor x) -> (Tensor, Tensor)")
@@ -78,18 +74,18 @@ def quantize_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
 @_operator("(Tensor x, Tensor? counts, bool pow2) -> (Tensor, Tensor)")
 def quantize_columns(x: Tensor, counts: Tensor | None, pow2: bool) -> tuple[Tensor, Tensor]:
     R = x.shape[0] if counts is None else total_rooms(x.shape[0], counts.shape[0])
-    return _pair(x, (x.shape[1], R), (x.shape[1], _tiles(R)))
+    return _pair(x, (x.shape[1], R), (x.shape[1], tiles(R)))
 
 
 @_operator("(Tensor codes, Tensor scale, Tensor? counts, bool pow2) -> (Tensor, Tensor)")
 def requantize_columns(codes: Tensor, scale: Tensor, counts: Tensor | None, pow2: bool) -> tuple[Tensor, Tensor]:
     R = codes.shape[0] if counts is None else total_rooms(codes.shape[0], counts.shape[0])
-    return _pair(codes, (codes.shape[1], R), (codes.shape[1], _tiles(R)))
+    return _pair(codes, (codes.shape[1], R), (codes.shape[1], tiles(R)))
 
 
 @_operator("(Tensor gate, Tensor up, Tensor? weight, bool pow2) -> (Tensor, Tensor)")
 def swiglu_quantize(gate: Tensor, up: Tensor, weight: Tensor | None, pow2: bool) -> tuple[Tensor, Tensor]:
-    return _pair(gate, gate.shape, (gate.shape[0], _tiles(gate.shape[1])))
+    return _pair(gate, gate.shape, (gate.shape[0], tiles(gate.shape[1])))
 
 
 _PRODUCT = "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, {counts}ScalarType out_dtype) -> Tensor"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv3_book.fp8 import operators, reference
 from dsv3_book.fp8.formats import E5M6, pack12, unpack12
-from dsv3_book.fp8.reference import TILE
+from dsv3_book.fp8.reference import TILE, tiles
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -139,11 +139,6 @@ def dequantize_e5m6(
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
-def tiles(n: int) -> int:
-    """How many tiles of 128 cover n."""
-    return -(-n // TILE)
-
-
 def check_axes(name: str, x: Tensor, axes: str) -> None:
     """Raises ValueError unless x has these axes, "N K"; a first one with a star stands for any number of axes."""
     named = axes.split()

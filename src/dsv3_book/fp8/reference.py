@@ -69,6 +69,11 @@ def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
+def tiles(n: int) -> int:
+    """How many tiles of 128 cover n."""
+    return -(-n // TILE)
+
+
 # Quantisers ----------------------------------------------------------------------------------------------------------
 def quantize_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """1×128 tiles of x [N, K]: codes [N, K], scale [N, ⌈K/128⌉]."""
@@ -90,7 +95,7 @@ def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
 def quantize_blocks(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """128×128 blocks of w [E, N, K]: codes [E, N, K], scale [E, ⌈N/128⌉, ⌈K/128⌉]."""
     E, N, K = w.shape
-    nb, kb = -(-N // TILE), -(-K // TILE)
+    nb, kb = tiles(N), tiles(K)
     blocks = _padded(w, TILE, TILE).reshape(E, nb, TILE, kb, TILE)
     codes, scale = _encode(blocks, (-1, -3), pow2)
     return codes.view(E, nb * TILE, kb * TILE)[:, :N, :K].contiguous(), scale.view(E, nb, kb)
