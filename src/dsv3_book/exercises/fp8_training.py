@@ -72,12 +72,7 @@ def _no_scales() -> Solution:
     return lambda n, form: _kept(n, form) - (0 if form == "bf16" else 4 * _tiles(n))
 
 
-@grader(
-    "fp8_training.kept_bytes",
-    minutes=10,
-    reference=lambda: _kept,
-    wrong={"scales": _no_scales},
-)
+@grader("fp8_training.kept_bytes", minutes=10, reference=lambda: _kept, wrong={"scales": _no_scales})
 def kept_bytes() -> Iterator[Case]:
     yield Case((7168, "bf16"), same(14336), says="an input of V3's width in BF16", hint="Two bytes a number.")
     yield Case(
