@@ -205,13 +205,17 @@ def _dequantize_b(b: Tensor, b_scale: Tensor) -> Tensor:
 def grouped_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
-    """Rows of a [S, K], sorted by expert, times that expert's b [E, N, K]ᵀ: [S, N]."""
+    """Rows of a [S, K], sorted by expert, times that expert's b [E, N, K]ᵀ: [S, N].
+
+    By plain `@`: oneDNN would compile a product anew for every number of rows, and loads are never twice the same
+    (measured: a training step took twenty times as long).
+    """
     values, first = dequantize_rows(a, a_scale), 0
     out = torch.empty(a.shape[0], b.shape[1], dtype=out_dtype, device=a.device)
     for e, n in enumerate(counts.tolist()):
         if n:
             rows = slice(first, first + n)
-            out[rows] = times_transposed(values[rows], _dequantize_b(b[e], b_scale[e]))
+            out[rows] = values[rows] @ _dequantize_b(b[e], b_scale[e]).t()
         first += n
     return out
 
@@ -223,7 +227,7 @@ def masked_gemm(
     out = torch.zeros(*a.shape[:2], b.shape[1], dtype=out_dtype, device=a.device)
     for e, n in enumerate(counts.tolist()):
         if n:
-            out[e, :n] = gemm(a[e, :n], a_scale[e, :n], b[e], b_scale[e], out_dtype)
+            out[e, :n] = dequantize_rows(a[e, :n], a_scale[e, :n]) @ _dequantize_b(b[e], b_scale[e]).t()
     return out
 
 
