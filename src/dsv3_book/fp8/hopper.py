@@ -29,7 +29,8 @@ INSTRUCTIONS = {
     "local": r"\b[ls][td]\.local\b",
 }
 """What to look for in PTX: the tensor core's instructions on Hopper and before, loads of tiles by the copy engine,
-loads of 16 bytes by a thread, casts in hardware, warps that hand over registers, numbers that found no register."""
+loads of 16 bytes by a thread, casts in hardware, warps that hand over registers, arrays in local memory (what the
+assembler spills later is not in PTX: `assemble` tells)."""
 
 _PREAMBLE = """\
 import triton
