@@ -116,7 +116,7 @@ def test_experts_are_close_to_the_unquantised_ones():
 
 
 def test_where_a_token_goes_does_not_change_its_result():
-    """Rows of one expert in another order, or with other rows between: same rows out, bit for bit."""
+    """Rows of one expert in another order, or with other rows between: same rows out, to fp32 rounding."""
     g = torch.Generator().manual_seed(0)
     x, gates, dy = torch.randn(150, 64, generator=g), torch.rand(150, generator=g), torch.randn(150, 64, generator=g)
     weights = [torch.randn(1, *s, generator=g) / 8 for s in ((40, 64), (40, 64), (64, 40))]
