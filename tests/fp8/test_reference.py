@@ -219,3 +219,13 @@ def test_nothing_is_lost_where_nothing_is() -> None:
     assert codes.shape == (0, 130) and scale.shape == (0, 2)
     out = fp8.fp8_gemm(codes, scale, *fp8.quantize_weight(torch.ones(3, 130)), torch.float32)
     assert out.shape == (0, 3)
+
+
+def test_products_by_expert_never_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles one anew for every number of rows, and no two steps load the experts alike: steps became minutes."""
+    monkeypatch.setattr(reference, "times_transposed", None)
+    n, w = torch.tensor([300, 212]), fp8.quantize_weight(torch.ones(2, 256, 256))
+    x = torch.ones(512, 256)
+    fp8.grouped_fp8_gemm(*fp8.quantize_activation(x), *w, n)
+    fp8.masked_fp8_gemm(*fp8.quantize_activation(x.view(2, 256, 256)), *w, torch.tensor([250, 3]))
+    fp8.grouped_fp8_wgrad(*fp8.quantize_columns(x, n), *fp8.quantize_columns(x, n), n)
