@@ -89,3 +89,11 @@ def test_operator_writes_to_nothing_it_was_given(name, args):
 def test_every_operator_has_an_example():
     names = {name for name in vars(operators) if isinstance(getattr(operators, name), torch._ops.OpOverloadPacket)}
     assert names == {name for name, _ in EXAMPLES}
+
+
+def test_a_gpu_without_triton_runs_the_reference_and_says_so(monkeypatch):
+    operators.implementation.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert operators.implementation() is reference
+    operators.implementation.cache_clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,8 +24,12 @@ E4M3 = torch.float8_e4m3fn
 
 @functools.cache
 def implementation() -> ModuleType:
-    """What CUDA tensors go to: the kernels, or without Triton the reference."""
+    """What CUDA tensors go to: the kernels, or without Triton the reference, said once."""
     if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "Triton is not installed: on this GPU, FP8 runs its plain torch reference, slowly. pip install triton",
+            stacklevel=2,
+        )
         return reference
     from dsv3_book.fp8 import kernels
 
