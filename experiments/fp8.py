@@ -30,7 +30,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "fp32"},
     "fp8_tensor": {"fp8": True, "per_tensor": True},
 }
-# At the laptop preset's 2e-3, tried first with one seed, rounding alone (`bf16_again`) moved this model's loss by +0.5 %
+# At the laptop preset's 2e-3, tried first with one seed, rounding alone (`bf16_again`) moved this loss by +0.5 %
 # and FP8 by -1.0 %: no distance of 0.25 % can be seen there.
 LR = 5e-4
 EVERY = 5  # steps a recorded point of a curve is the mean of
