@@ -18,10 +18,10 @@ class Block(nn.Module):
     """attention → route → dispatch → experts → combine; `forward` is their plain composition.
 
     The first `first_k_dense_replace` layers have a dense SwiGLU instead of the last four parts. `dispatch` is handed
-    in by the caller: local, or between processes.
+    in by the caller: local, or between processes; `experts` are those that live here (all when None).
     """
 
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int, experts: range | None = None) -> None:
         super().__init__()
         self.recompute = False  # recompute RMSNorm and MLA's up-projections in backward
         self.input_layernorm = ops.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = ops.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp: MoE | ops.SwiGLU
         if cfg.is_moe_layer(layer):
-            self.mlp = MoE(cfg)
+            self.mlp = MoE(cfg, experts)
         else:
             self.mlp = ops.SwiGLU(cfg.hidden_size, cfg.intermediate_size)
 

@@ -19,13 +19,15 @@ class Experts(nn.Module):
     """E SwiGLU experts, stored stacked [E, …] so that one grouped product serves them all.
 
     `product` computes them from (tokens, gates, counts, gate, up, down); assigning another one is how FP8 comes in.
+    A process may hold only some of the model's experts, `held`: a contiguous range, all when None.
     """
 
     product: Callable[..., Tensor] = staticmethod(grouped_swiglu)
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, held: range | None = None) -> None:
         super().__init__()
-        E, F, D = cfg.n_routed_experts, cfg.moe_intermediate_size, cfg.hidden_size
+        self.held = held or range(cfg.n_routed_experts)
+        E, F, D = len(self.held), cfg.moe_intermediate_size, cfg.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(E, F, D))
         self.up_proj = nn.Parameter(torch.empty(E, F, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F))
@@ -38,10 +40,10 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router, routed experts and shared experts of one layer, as parts a schedule can run apart."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, held: range | None = None) -> None:
         super().__init__()
         self.gate = Router(cfg)
-        self.experts = Experts(cfg)
+        self.experts = Experts(cfg, held)
         if cfg.n_shared_experts:
             self.shared_experts = ops.SwiGLU(cfg.hidden_size, cfg.n_shared_experts * cfg.moe_intermediate_size)
 

@@ -29,8 +29,8 @@ class MTPModule(Block):
     writes the reverse), and the hidden state comes in *after* the previous depth's final norm.
     """
 
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
-        super().__init__(cfg, layer)
+    def __init__(self, cfg: ModelConfig, layer: int, experts: range | None = None) -> None:
+        super().__init__(cfg, layer, experts)
         self.enorm = ops.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.hnorm = ops.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.eh_proj = ops.Linear(2 * cfg.hidden_size, cfg.hidden_size)

@@ -16,7 +16,7 @@ from dsv3_book.model import ops
 from dsv3_book.model.balance import sequence_balance_loss
 from dsv3_book.model.block import Block
 from dsv3_book.model.dispatch import Dispatch, LocalDispatch
-from dsv3_book.model.experts import MoE
+from dsv3_book.model.experts import Experts, MoE
 from dsv3_book.model.mla import Cache
 from dsv3_book.model.mtp import MTPModule
 from dsv3_book.model.rope import Angles, angles
@@ -34,11 +34,13 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Which piece of the model a process holds: some layers, perhaps the embedding, perhaps norm + head + MTP."""
+    """Which piece of the model a process holds: some layers, perhaps the embedding, perhaps norm + head + MTP; and of
+    those layers all experts, or a contiguous range of them (the `dispatch` must then know where the others are)."""
 
     layers: range
     embed: bool = True
     head: bool = True
+    experts: range | None = None
 
 
 class Transformer(nn.Module):
@@ -74,12 +76,13 @@ class Transformer(nn.Module):
         with torch.device(device or "cpu"):
             if self.part.embed or (self.part.head and cfg.num_nextn_predict_layers):
                 self.embed_tokens = Embedding(cfg)
-            self.layers = nn.ModuleDict({str(i): Block(cfg, i) for i in self.part.layers})
+            self.layers = nn.ModuleDict({str(i): Block(cfg, i, self.part.experts) for i in self.part.layers})
             if self.part.head:
                 self.norm = ops.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
                 self.lm_head = ops.Linear(cfg.hidden_size, cfg.vocab_size)
                 L = cfg.num_hidden_layers
-                self.layers.update({str(L + j): MTPModule(cfg, L + j) for j in range(cfg.num_nextn_predict_layers)})
+                depths = range(L, L + cfg.num_nextn_predict_layers)
+                self.layers.update({str(i): MTPModule(cfg, i, self.part.experts) for i in depths})
         self.to(dtype)
         if self.device.type != "meta":
             init_weights(self, seed)
@@ -195,14 +198,15 @@ def init_weights(model: nn.Module, seed: int) -> None:
     doesn't change the numbers.
     """
     std = model.cfg.initializer_range  # type: ignore[union-attr]
+    held = {id(p): m.held for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     for name, p in model.named_parameters():
         if p.dim() == 1:
             p.fill_(1.0)
         elif p.dim() == 2:
             p.copy_(torch.randn(p.shape, generator=_generator(seed, name)) * std)  # type: ignore[operator]
         else:
-            for e in range(p.shape[0]):
-                p[e] = torch.randn(p.shape[1:], generator=_generator(seed, f"{name}.{e}")) * std  # type: ignore[operator]
+            for place, e in enumerate(held[id(p)]):
+                p[place] = torch.randn(p.shape[1:], generator=_generator(seed, f"{name}.{e}")) * std  # type: ignore[operator]
     for name, b in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             b.zero_()
