@@ -1,0 +1,100 @@
+"""A piece of the autograd graph with open ends: the one piece of machinery that running a backward in parts needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Cut:
+    """`fn`, run on copies of its inputs that have no past; its outputs are given away without their graph.
+
+    `forward(*inputs)` gives the outputs. `backward(*gradients)`, one for each output, runs this piece's backward alone:
+    it adds to the gradients of the parameters inside, returns those of the inputs, and frees what was kept. Of the
+    outputs only their place in the graph is remembered, so their memory is their user's business.
+    """
+
+    def __init__(self, fn: Callable[..., Tensors], ledger: Entry | None = None) -> None:
+        self.fn, self.ledger = fn, ledger
+
+    def forward(self, *inputs: Tensor) -> Tensors:
+        self.inputs = [t.detach().requires_grad_() for t in inputs]
+        with torch.enable_grad(), self.ledger.watch() if self.ledger else nullcontext():
+            outputs = self.fn(*self.inputs)
+        self.edges = [get_gradient_edge(t) if t is not None and t.requires_grad else None for t in outputs]
+        return tuple(None if t is None else t.detach() for t in outputs)
+
+    def backward(self, *gradients: Tensor | None) -> Tensors:
+        ends = [(e, g) for e, g in zip(self.edges, gradients, strict=True) if e is not None and g is not None]
+        torch.autograd.backward([e for e, _ in ends], [g for _, g in ends])
+        answer = tuple(t.grad for t in self.inputs)
+        del self.edges, self.inputs, self.fn
+        return answer
+
+
+class Ledger:
+    """Counts what autograd keeps for backward, by owner (a chunk), through hooks on every tensor it saves.
+
+    `live` is the number of owners for which something is kept now, `peak` the largest it ever was; `bytes` and
+    `peak_bytes` are the memory kept, each storage counted once. Parameters are not activations: tell their storages by
+    `ignore`. What `ops.recomputed` covers is seen where it is made again, not where it would have been kept.
+    """
+
+    def __init__(self, ignore: set[int] | None = None) -> None:
+        self.ignore = ignore or set()
+        self.owners: Counter[Hashable] = Counter()
+        self.storages: Counter[int] = Counter()
+        self.live = self.peak = self.bytes = self.peak_bytes = 0
+
+    def entry(self, owner: Hashable) -> Entry:
+        """The hooks that write down what is kept for this owner."""
+        return Entry(self, owner)
+
+    def add(self, owner: Hashable, storage: int, size: int) -> None:
+        self.owners[owner] += 1
+        self.storages[storage] += 1
+        if self.storages[storage] == 1 and storage not in self.ignore:
+            self.bytes += size
+        self.live = len(self.owners)
+        self.peak, self.peak_bytes = max(self.peak, self.live), max(self.peak_bytes, self.bytes)
+
+    def remove(self, owner: Hashable, storage: int, size: int) -> None:
+        for counts, key in ((self.owners, owner), (self.storages, storage)):
+            counts[key] -= 1
+            if not counts[key]:
+                del counts[key]
+        if storage not in self.storages and storage not in self.ignore:
+            self.bytes -= size
+        self.live = len(self.owners)
+
+
+class Entry:
+    """One owner's page of a ledger."""
+
+    def __init__(self, ledger: Ledger, owner: Hashable) -> None:
+        self.ledger, self.owner = ledger, owner
+
+    def watch(self) -> Any:
+        """Hooks to run a forward under."""
+        return saved_tensors_hooks(lambda t: _Kept(self, t), lambda kept: kept.tensor)
+
+
+class _Kept:
+    """A saved tensor; leaves the ledger when autograd lets go of it."""
+
+    def __init__(self, entry: Entry, tensor: Tensor) -> None:
+        self.entry, self.tensor = entry, tensor
+        storage = tensor.untyped_storage()
+        self.line = entry.owner, storage.data_ptr(), storage.nbytes()
+        entry.ledger.add(*self.line)
+
+    def __del__(self) -> None:
+        self.entry.ledger.remove(*self.line)
