@@ -7,6 +7,7 @@ meet in a tile hardly matters (only values 2¹⁵ below their tile's largest los
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dsv3_book.fp8.quantize import (
     requantize_columns,
     swiglu_quantize,
 )
+from dsv3_book.model.wgrad import deferrable, weight_gradients
 
 
 class Fp8Experts:
@@ -61,6 +63,7 @@ class _Experts(torch.autograd.Function):
         quantised: tuple[QuantisedWeight, ...],
     ) -> Tensor:
         w_gate, w_up, w_down = ctx.quantised = quantised
+        ctx.deferrable = deferrable(gate, up, down)
         codes = quantize_activation(tokens, pow2=True)
         g = grouped_fp8_gemm(*codes, *w_gate.blocks, counts, tokens.dtype)
         u = grouped_fp8_gemm(*codes, *w_up.blocks, counts, tokens.dtype)
@@ -84,7 +87,8 @@ class _Experts(torch.autograd.Function):
         dx = grouped_fp8_gemm(*quantize_activation(dg, pow2=True), *w_gate.transposed, counts, dtype)
         dx += grouped_fp8_gemm(*quantize_activation(du, pow2=True), *w_up.transposed, counts, dtype)
         hc, dgc, duc = (quantize_columns(t, counts, pow2=True) for t in (h * weight, dg, du))
-        return dx, dgates, None, *experts_wgrad((x, x_scale), hc, dgc, duc, dy, counts), None
+        compute = partial(experts_wgrad, (x, x_scale), hc, dgc, duc, dy, counts)
+        return dx, dgates, None, *weight_gradients(compute, *ctx.deferrable), None
 
 
 def experts_wgrad(

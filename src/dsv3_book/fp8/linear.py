@@ -5,12 +5,13 @@
     Wgrad   dW = dyᵀ · x    both 128×1 tiles: here the tokens are contracted; fp32, for the fp32 master weight
 
 x is kept for backward as FP8 codes, which Wgrad quantises again the other way. Each Wgrad is a function of its own, of
-what was kept and of dy's codes, so that a schedule can put it off.
+what was kept and of dy's codes, so that a schedule can put it off (`model.wgrad`); what waits for it are codes only.
 """
 
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from dsv3_book.fp8.quantize import (
     swiglu_quantize,
 )
 from dsv3_book.model import ops
+from dsv3_book.model.wgrad import deferrable, weight_gradients
 
 Quantised = tuple[Tensor, Tensor]  # codes and their scales
 
@@ -107,6 +109,7 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         codes = quantize_activation(flat, pow2=after_attention)
         ctx.quantised, ctx.after_attention, ctx.shape = quantised, after_attention, x.shape
+        ctx.deferrable = deferrable(weight)
         ctx.save_for_backward(*(quantize_e5m6(flat) if after_attention else kept(x, codes)))
         return fp8_gemm(*codes, *quantised.blocks, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -120,7 +123,8 @@ class _Linear(torch.autograd.Function):
             dx = fp8_gemm(*quantize_activation(dy), *quantised.transposed, dy.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             width = ctx.shape[-1] if ctx.after_attention else None
-            dw = linear_wgrad(quantize_columns(dy), codes_again(ctx.saved_tensors), width)
+            compute = partial(linear_wgrad, quantize_columns(dy), codes_again(ctx.saved_tensors), width)
+            (dw,) = weight_gradients(compute, *ctx.deferrable)
         return dx, dw, None, None
 
 
@@ -135,13 +139,13 @@ def codes_again(saved: tuple[Tensor, ...]) -> Quantised:
     return quantize_activation(saved[0].reshape(-1, saved[0].shape[-1])) if len(saved) == 1 else (saved[0], saved[1])
 
 
-def linear_wgrad(dy: Quantised, x: Quantised, e5m6_width: int | None = None) -> Float[Tensor, "N K"]:
+def linear_wgrad(dy: Quantised, x: Quantised, e5m6_width: int | None = None) -> tuple[Float[Tensor, "N K"], ...]:
     """dW = dyᵀ·x in fp32, from dy in 128×1 tiles and x as it was kept: 1×128 tiles of E4M3, or E5M6 of this width."""
     if e5m6_width is None:
         columns = requantize_columns(*x)
     else:
         columns = quantize_columns(dequantize_e5m6(*x, e5m6_width), pow2=True)
-    return fp8_gemm(*dy, *columns, torch.float32)
+    return (fp8_gemm(*dy, *columns, torch.float32),)
 
 
 # SwiGLU --------------------------------------------------------------------------------------------------------------
@@ -168,6 +172,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, quantised: tuple[QuantisedWeight, ...]
     ) -> Tensor:
         w_gate, w_up, w_down = ctx.quantised = quantised
+        ctx.deferrable = deferrable(gate, up, down)
         codes = quantize_activation(x.reshape(-1, x.shape[-1]))
         g, u = fp8_gemm(*codes, *w_gate.blocks, x.dtype), fp8_gemm(*codes, *w_up.blocks, x.dtype)
         ctx.save_for_backward(*quantize_activation(g), *quantize_activation(u), *kept(x, codes))
@@ -185,7 +190,7 @@ class _SwiGLU(torch.autograd.Function):
         dx = fp8_gemm(*quantize_activation(dg), *w_gate.transposed, dy.dtype)
         dx += fp8_gemm(*quantize_activation(du), *w_up.transposed, dy.dtype)
         columns = (quantize_columns(t) for t in (h, dg, du, dy))
-        dw = swiglu_wgrad(codes_again(tuple(x)), *columns)
+        dw = weight_gradients(partial(swiglu_wgrad, codes_again(tuple(x)), *columns), *ctx.deferrable)
         return dx.view_as(grads[0]), *dw, None
 
 

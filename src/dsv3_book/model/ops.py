@@ -1,19 +1,23 @@
 """The few tensor operations every module computes with: linear, SwiGLU, RMSNorm, the loss; experts' are in `grouped`.
 
 Modules never multiply matrices themselves; they call this file. It is the seam where FP8 and deferred weight gradients
-plug in. Weights are kept in fp32 and cast to the activations' dtype where they are used, so gradients come back,
-and accumulate, in fp32 (report §3.3: master weights, weight gradients and their accumulation stay in FP32).
+plug in (`wgrad`). Weights are kept in fp32 and cast to the activations' dtype where they are used, so gradients come
+back, and accumulate, in fp32 (report §3.3: master weights, weight gradients and their accumulation stay in FP32).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dsv3_book.model.wgrad import deferrable, weight_gradients
 
 # The door to oneDNN that torch's compiler uses; it isn't public, so we go without where a torch has none.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -21,7 +25,7 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 def linear(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*n o"]:
     """x · weightᵀ in the dtype of x."""
-    return _Linear.apply(x, weight.to(x.dtype))
+    return _Linear.apply(x, weight)
 
 
 class _Linear(torch.autograd.Function):
@@ -29,17 +33,24 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.deferrable, weight = deferrable(weight), weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
         return times_transposed(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dx = times_transposed(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
-            dw = grads[0].reshape(-1, weight.shape[0]).t() @ x.reshape(-1, weight.shape[1])
+            (dw,) = weight_gradients(partial(linear_wgrad, grads[0], x), *ctx.deferrable)
         return dx, dw
+
+
+def linear_wgrad(dy: Float[Tensor, "*n o"], x: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "o i"], ...]:
+    """dW = dyᵀ · x over all rows, as a tuple of one."""
+    return (dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1]),)
 
 
 def times_transposed(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*n o"]:
