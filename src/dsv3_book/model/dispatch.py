@@ -119,7 +119,7 @@ class Trip:
 
 
 class _Start(torch.autograd.Function):
-    """Departs in forward; in backward it is the one that waits. Its result, without elements, only ties it to `_Finish`."""
+    """Departs in forward; in backward it is the one that waits. Its result, empty, only ties it to `_Finish`."""
 
     @staticmethod
     def forward(ctx: Any, trip: Trip, rows: Tensor, gates: Tensor | None) -> Tensor:
