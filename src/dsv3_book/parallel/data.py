@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsv3_book.parallel.buckets import Buckets
+
 T = TypeVar("T")
 
 
@@ -63,17 +65,17 @@ class DataParallel:
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sums every parameter's gradient over the processes in fp32, as one flat bucket in the order given.
+        """Sums every parameter's gradient over the processes in fp32, bucket by bucket, in the order given.
 
-        Afterwards the gradients are views of that bucket. A parameter that got no gradient here counts as zero.
+        A reduce-scatter and an all-gather of the very buckets that ZeRO-1 uses (`buckets.py`): each process adds up one
+        part of every bucket, so all hold the same bits. A parameter that got no gradient here counts as zero.
         """
         if self.size == 1:
             return
-        parameters = list(parameters)
-        parts = [p.grad.reshape(-1) if p.grad is not None else torch.zeros_like(p).view(-1) for p in parameters]
-        bucket = self.sum(torch.cat(parts).float())
-        for p, part in zip(parameters, bucket.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p).to(p.dtype)
+        named = [(f"parameter {number}", p) for number, p in enumerate(parameters)]
+        if named:
+            buckets = Buckets(named, self.group if self.group is not None else dist.group.WORLD)
+            buckets.gather_gradients(buckets.reduce())
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` returns on process 0, on every process.
