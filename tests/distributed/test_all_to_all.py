@@ -1,5 +1,6 @@
 """Dispatch and combine between processes equal the local twin, outputs and gradients, for any routing."""
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from dsv3_book.model.dispatch import Dispatch, LocalDispatch
 from dsv3_book.parallel.all_to_all import AllToAll
+from dsv3_book.parallel.mesh import Mesh, make_mesh
+from dsv3_book.parallel.two_hop import TwoHop
 
 pytestmark = pytest.mark.distributed
 
@@ -88,6 +91,17 @@ def direct(case: Case, asynchronous: bool) -> None:
     check(case, lambda E: AllToAll(None, E, asynchronous=asynchronous))
 
 
+def two_hop(case: Case, per_node: int, asynchronous: bool) -> None:
+    mesh = mesh_of(per_node)
+    check(case, lambda E: TwoHop(mesh, E, asynchronous=asynchronous))
+
+
+@functools.cache
+def mesh_of(per_node: int) -> Mesh:
+    """All ranks share the experts."""
+    return make_mesh(ep=dist.get_world_size(), ranks_per_node=per_node)
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_direct_equals_the_local_twin(pool, ranks, asynchronous):
@@ -95,5 +109,16 @@ def test_direct_equals_the_local_twin(pool, ranks, asynchronous):
     @given(cases(ranks))
     def test(case):
         pool(ranks).run(direct, case, asynchronous)
+
+    test()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(("ranks", "per_node"), [(1, 1), (2, 1), (4, 2), (4, 1), (4, 4)])
+def test_two_hops_equal_the_local_twin(pool, ranks, per_node, asynchronous):
+    @settings(max_examples=15)
+    @given(cases(ranks))
+    def test(case):
+        pool(ranks).run(two_hop, case, per_node, asynchronous)
 
     test()

@@ -1,9 +1,9 @@
 """Dispatch and combine between processes: direct all-to-all (report §3.2).
 
-The E experts lie on the ranks of a group in contiguous ranges, rank r holds r·E/R … (r+1)·E/R − 1. A token's row is sent
-once to every rank that holds some of its experts, and multiplied there; on the way back each rank first adds up what its
-experts made of the token, and one row returns. What arrives is sorted by (local expert, source rank, token), so a rank
-sees what it would see of a local dispatch of everybody's tokens.
+The E experts lie on the R ranks of a group in contiguous ranges: rank r holds r·E/R … (r+1)·E/R − 1. A token's row is
+sent once to every rank that holds some of its experts, and copied there, a slot for each; on the way back that rank
+first adds up what its experts made of the token, and one row returns. What arrives is sorted by (local expert, source
+rank, token): a rank sees its part of a local dispatch of everybody's tokens.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dsv3_book.parallel.transport import Transport
 class Travelling(Dispatch):
     """Sends rows over one or more wires, hop after hop.
 
-    num_experts: E, on `ranks` ranks of which this is `rank`.  owners: for every wire, the function from an expert to the
-    rank in that wire's group.  fp8: rows travel to the experts (and gradients to them, in combine's backward) as E4M3
-    with power-of-two scales; they return in their own dtype.  asynchronous: False completes every journey at its start.
+    num_experts: E, on `ranks` ranks of which this is `rank`.  owners: for every wire, from an expert to the rank in that
+    wire's group.  fp8: rows travel to the experts (and gradients to them, in combine's backward) as E4M3 with scales
+    that are powers of two; they return in their own dtype.  asynchronous: False completes every journey at its start.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Travelling(Dispatch):
         self.fp8, self.asynchronous = fp8, asynchronous
 
     def plan(self, experts: Int[Tensor, "N K"], x: Float[Tensor, "N D"] | None = None) -> RowExchange:
-        """Starts the exchange of counts. Given x (of which only width and dtype are looked at), all ranks find out before
-        any row moves whether theirs agree."""
+        """Starts the exchange of counts. Given x (only its width and dtype are looked at), all ranks find out whether
+        theirs agree before any row moves."""
         return RowExchange(self, experts, x)
 
     def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> Handle:
@@ -57,7 +57,7 @@ class Travelling(Dispatch):
 
     @property
     def traffic(self) -> dict[str, Traffic]:
-        """What has left this process since the last `forget_traffic`: in "scatter" (with all counts) and in "gather"."""
+        """What has left this process since `forget_traffic`: in "scatter" (with all counts) and in "gather"."""
         return {
             "scatter": sum((wire.scattered for wire in self.wires), Traffic()),
             "gather": sum((wire.gathered for wire in self.wires), Traffic()),
@@ -132,7 +132,7 @@ class RowExchange:
 
     @property
     def counts(self) -> Int[Tensor, " E"]:
-        """Slots of each expert that lives here. Before the first scatter has arrived, asking for them is a collective."""
+        """Slots of each expert that lives here. Asking before the first scatter has arrived is itself a collective."""
         return self.landed().counts
 
     def scatter(self, x: Float[Tensor, "N D"], gates: Float[Tensor, "N K"] | None, label: str = "scatter") -> Journey:

@@ -35,9 +35,8 @@ class Terms:
         """Raises ValueError if x [N, D] isn't what was planned for."""
         for i, value in ((1, x.shape[1]), (2, _number(x.dtype))):
             if self.low[i] <= self.high[i] and value != self.low[i]:
-                raise ValueError(
-                    f"these rows have {NAMES[i]} {_name(i, value)}, but the exchange was planned for {_name(i, self.low[i])}"
-                )
+                planned = _name(i, self.low[i])
+                raise ValueError(f"{NAMES[i]} of these rows is {_name(i, value)}, but {planned} was planned for")
 
     @staticmethod
     def joined(told: list[list[int]]) -> Terms:

@@ -93,12 +93,12 @@ def _lost(label: Label, group: dist.ProcessGroup, error: RuntimeError) -> Runtim
     peers = dist.get_process_group_ranks(group)
     reason = str(error).strip().splitlines()[0]
     return RuntimeError(
-        f"rank {dist.get_rank()}: all-to-all '{label}' with ranks {peers} did not finish: {reason}. One of them has ended, "
-        "hangs, or took another path through the program: look for the first error among their logs"
+        f"rank {dist.get_rank()}: all-to-all '{label}' with ranks {peers} did not finish: {reason}. One of them has "
+        "ended, hangs, or took another path through the program: look for the first error in their logs"
     )
 
 
-# Slowed down and watched -----------------------------------------------------------------------------------------------
+# Slowed down and watched ---------------------------------------------------------------------------------------------
 @dataclass
 class Event:
     """The life of one message: seconds on this process's clock (`time.perf_counter`)."""
