@@ -1,4 +1,4 @@
-"""The released step, played literally: the eight steps with their loops and flags, writing down what each rank computes.
+"""The released step, played literally: its eight steps with their loops and flags, writing down what a rank computes.
 
 An independent second description of DualPipe's order (deepseek-ai/DualPipe, ``dualpipe.py`` and ``dualpipev.py``), kept
 as close to the released control flow as a test needs: phases, per-phase counters, a flag that splits a backward, a
