@@ -1,0 +1,320 @@
+"""DeepSeek-V3's sizes and the H800's rates, made into durations: of a layer's parts, of a chunk, of a whole step.
+
+Work and bytes are counted by `costs.py`. What turns them into time is a `Machine`: rates that are *assumed*, and that
+every result here hangs on. Three are given, from the limit of the hardware to what the released profile shows.
+
+One micro-batch is one sequence of 4096 tokens on each GPU (report §4.2, released profile). Left out: the optimiser, the
+sums over data-parallel ranks, reading data and saving; the embedding's look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import comb
+
+from ..config import ModelConfig
+from ..costs import (
+    PEAK_FLOPS,
+    REPORT_GPUS,
+    REPORT_SEQUENCE_LENGTH,
+    attention_params,
+    causal_context,
+    combine_bytes,
+    dispatch_bytes,
+    head_flops,
+    layer_flops,
+)
+from .pair import Layer, Streams, alone, is_communication, pair
+from .place import place_layers
+from .schedule import make_schedule
+from .simulate import Costs, Timeline, simulate
+
+REPORT_BATCH = 15360  # sequences in a step, after the first 469B tokens (report §4.2)
+REPORT_RANKS = 16  # pipeline ranks (report §3.2)
+GPUS_PER_NODE = 8
+COMPUTING_SMS = 112 / 132  # the other 20 run the all-to-alls (report §3.2.2, released profile)
+UP_PROJECTIONS = ("q_b_proj", "kv_b_proj")  # recomputed in the backward (report §3.2.3)
+CORE_BACKWARD = 2.5  # the attention kernel's backward has five products where its forward has two
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One GPU's rates while both of its streams run, FLOP/s and bytes/s."""
+
+    name: str
+    gemm: float  # FP8 products of the forward and of input gradients; BF16 ones run at half
+    gemm_weight: float  # ... of weight gradients, which accumulate in FP32
+    core: float  # attention scores and weighted values, BF16
+    core_backward: float
+    other: float  # share of the time of F and I in kernels that are no products: norms, casts, permutations
+    ib: float  # InfiniBand per GPU, one direction
+    nvlink: float
+    wait: float = 0.0  # seconds each all-to-all waits for its peers before anything moves
+
+
+# Everything at its peak: nothing can be faster than this.
+PEAK = Machine(
+    "hardware peak",
+    gemm=PEAK_FLOPS["fp8"] * COMPUTING_SMS,
+    gemm_weight=PEAK_FLOPS["fp8"] * COMPUTING_SMS,
+    core=PEAK_FLOPS["bf16"] * COMPUTING_SMS,
+    core_backward=PEAK_FLOPS["bf16"] * COMPUTING_SMS,
+    other=0.0,
+    ib=50e9,  # report §3.2.2
+    nvlink=160e9,
+)
+# What the released profile's kernels reached, rounded: FLOPs counted here over their busy time on 112 SMs; bytes over
+# the time of the transfer kernels. Its "other" kernels and waits are there too. It is fitted to the profile's totals,
+# so agreement in total says little; how the time is split over the parts is still a prediction.
+PROFILED = Machine(
+    "released profile",
+    gemm=950e12,
+    gemm_weight=650e12,
+    core=550e12,
+    core_backward=450e12,
+    other=0.34,
+    ib=31e9,
+    nvlink=160e9,
+    wait=2.06e-3,
+)
+# In between: products as fast as DeepGEMM runs V3's shapes alone on an H800 (about 1280 TFLOP/s on 132 SMs), links at
+# the report's rate, which DeepEP reaches; no waits. Attention and the rest as in the profile.
+ALONE = replace(
+    PROFILED, name="released kernels, each alone", gemm=1280e12 * COMPUTING_SMS, gemm_weight=1280e12 * COMPUTING_SMS,
+    ib=50e9, wait=0.0,
+)  # fmt: skip
+
+
+# One layer -----------------------------------------------------------------------------------------------------------
+def nodes_crossed(cfg: ModelConfig, nodes: int, limited: bool = True) -> float:
+    """Copies of a token that cross InfiniBand on average: other nodes that hold one of its experts.
+
+    With node-limited routing `topk_group` nodes at most, one of which is its own as often as chance has it; without,
+    the nodes that `num_experts_per_tok` experts drawn at random fall on.
+    """
+    if nodes == 1:
+        return 0.0
+    if limited and cfg.topk_group < nodes:
+        reached = float(cfg.topk_group)
+    else:
+        experts, k = cfg.n_routed_experts, cfg.num_experts_per_tok
+        reached = nodes * (1 - comb(experts - experts // nodes, k) / comb(experts, k))
+    return reached * (1 - 1 / nodes)
+
+
+def gpus_crossed(cfg: ModelConfig, nodes: int, limited: bool = True) -> float:
+    """Copies of a token that NVLink carries on average: inside each node reached, every other GPU with its experts."""
+    reached = nodes_crossed(cfg, nodes, limited) / (1 - 1 / nodes) if nodes > 1 else 1.0
+    here, k = cfg.n_routed_experts // nodes, round(cfg.num_experts_per_tok / reached)
+    return reached * (GPUS_PER_NODE - 1) * (1 - comb(here - here // GPUS_PER_NODE, k) / comb(here, k))
+
+
+def all_to_all_ms(
+    cfg: ModelConfig, machine: Machine, kind: str, tokens: int, nodes: int, limited: bool = True
+) -> float:
+    """One all-to-all. `kind` "fp8": dispatch(F) and combine(B), one vector a copy; "bf16": combine(F) and dispatch(B).
+
+    InfiniBand and NVLink work at once (report §3.2.2), so the slower one counts.
+    """
+    bytes_of = (lambda n: dispatch_bytes(cfg, n)) if kind == "fp8" else (lambda n: combine_bytes(cfg, n))
+    seconds = max(
+        bytes_of(nodes_crossed(cfg, nodes, limited)) / machine.ib,
+        bytes_of(gpus_crossed(cfg, nodes, limited)) / machine.nvlink,
+    )
+    return 1e3 * (tokens * seconds + machine.wait)
+
+
+def layer_times(
+    cfg: ModelConfig,
+    index: int,
+    machine: Machine,
+    tokens: int = REPORT_SEQUENCE_LENGTH,
+    nodes: int = 8,
+    limited: bool = True,
+) -> Layer:
+    """Milliseconds of the parts of layer `index` for one micro-batch of one sequence of `tokens` on a GPU.
+
+    As in the released profile, router and recomputation are in "attention", shared experts in "mlp". A dense layer has
+    no dispatch and no combine. `nodes`: how many the experts are spread over; `limited`: routing is node-limited.
+    """
+    flops = {part: tokens * n for part, n in layer_flops(cfg, index, causal_context(tokens)).items()}
+    params = attention_params(cfg)
+    again = 2.0 * tokens * sum(params.get(name, 0) for name in UP_PROJECTIONS)
+    core = flops.pop("attention_core")
+    attention = flops.pop("attention_proj") + flops.pop("router", 0.0)
+    mlp = sum(flops.values())
+    busy = 1e3 / (1 - machine.other)
+    times = {
+        "attention(F)": busy * (attention / machine.gemm + core / machine.core),
+        "attention(B)": busy * ((attention + again) / machine.gemm + CORE_BACKWARD * core / machine.core_backward),
+        "attention(W)": 1e3 * attention / machine.gemm_weight,
+        "mlp(F)": busy * mlp / machine.gemm,
+        "mlp(B)": busy * mlp / machine.gemm,
+        "mlp(W)": 1e3 * mlp / machine.gemm_weight,
+    }
+    if cfg.is_moe_layer(index):
+        quick, slow = (all_to_all_ms(cfg, machine, kind, tokens, nodes, limited) for kind in ("fp8", "bf16"))
+        times |= {"dispatch(F)": quick, "combine(B)": quick, "combine(F)": slow, "dispatch(B)": slow}
+    return times
+
+
+def balance_of(layer: Layer) -> tuple[float, float]:
+    """(computation, communication) of one layer's forward and backward, ms: their ratio is claim C15."""
+    compute = sum(time for name, time in layer.items() if not is_communication(name))
+    return compute, sum(layer.values()) - compute
+
+
+# Stages, chunks ------------------------------------------------------------------------------------------------------
+def _product(flops: float, machine: Machine) -> Layer:
+    """A matrix on its own, in BF16, as a layer: output head, MTP's eh_proj."""
+    gemm, weight = 2e3 * flops / machine.gemm, 2e3 * flops / machine.gemm_weight
+    return {"mlp(F)": gemm, "mlp(B)": gemm, "mlp(W)": weight}
+
+
+def stage_layers(
+    cfg: ModelConfig, num_stages: int, machine: Machine, tokens: int = REPORT_SEQUENCE_LENGTH, nodes: int = 8
+) -> list[list[Layer]]:
+    """Every stage's layers in forward order, as `place_layers` puts them; the last one ends with the output head, and
+    with the MTP modules: each its eh_proj, its block, and the head once more."""
+
+    def layer(index: int) -> Layer:
+        return layer_times(cfg, index, machine, tokens, nodes)
+
+    stages = [[layer(index) for index in indices] for indices in place_layers(cfg, num_stages)]
+    head = _product(tokens * head_flops(cfg), machine)
+    stages[-1].append(head)
+    for depth in range(cfg.num_nextn_predict_layers):
+        stages[-1] += [_product(tokens * 4.0 * cfg.hidden_size**2, machine), layer(cfg.num_hidden_layers + depth), head]
+    return stages
+
+
+def stage_costs(stages: Sequence[Sequence[Layer]], hop: float = 0.0, overlap: bool = True) -> Costs:
+    """Costs of chunks from the layers of every stage: F, I and W alone wait for each of their transfers; a pair is
+    played on two streams (`overlap=False`: a pair gains nothing)."""
+    layers = [tuple(stage) for stage in stages]
+
+    @cache
+    def one(kind: str, stage: int) -> float:
+        return alone(kind, layers[stage] if kind == "F" else layers[stage][::-1]).span
+
+    @cache
+    def both(ahead: int, back: int) -> float:
+        return pair(layers[ahead], layers[back][::-1]).span
+
+    return Costs(
+        forward=lambda stage: one("F", stage),
+        input_grad=lambda stage: one("I", stage),
+        weight_grad=lambda stage: one("W", stage),
+        overlapped=both if overlap else None,
+        hop=hop,
+    )
+
+
+def hop_ms(cfg: ModelConfig, machine: Machine, tokens: int = REPORT_SEQUENCE_LENGTH) -> float:
+    """One micro-batch's hidden states, BF16, to the next stage over InfiniBand."""
+    return 1e3 * tokens * cfg.hidden_size * 2 / machine.ib
+
+
+# A step --------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Step:
+    """One simulated training step of a pipeline; times in ms."""
+
+    schedule: str
+    timeline: Timeline
+    microbatches: int
+    tokens: int  # in one micro-batch
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return 1e3 * self.microbatches * self.tokens / (self.timeline.makespan * self.timeline.num_ranks)
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the step in which the average rank has nothing to do."""
+        return sum(self.timeline.bubble) / (self.timeline.makespan * self.timeline.num_ranks)
+
+
+def simulate_step(
+    cfg: ModelConfig,
+    schedule: str = "dualpipe",
+    machine: Machine = PROFILED,
+    ranks: int = REPORT_RANKS,
+    microbatches: int = REPORT_BATCH * REPORT_RANKS // REPORT_GPUS,
+    tokens: int = REPORT_SEQUENCE_LENGTH,
+    nodes: int = 8,
+    overlap: bool = True,
+) -> Step:
+    """A whole step of one pipeline. By default the report's: 16 ranks, 15360 sequences over 2048 / 16 pipelines."""
+    plan = make_schedule(schedule, ranks, microbatches)
+    stages = stage_layers(cfg, plan.num_stages, machine, tokens, nodes)
+    costs = stage_costs(stages, hop_ms(cfg, machine, tokens), overlap)
+    return Step(schedule, simulate(plan, costs), microbatches, tokens)
+
+
+# Scaling -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Scaled:
+    """One size of cluster: what one overlapped pair of MoE layers does there."""
+
+    gpus: int
+    nodes: int  # that the experts are spread over
+    experts: int
+    crossed: float  # copies of a token over InfiniBand
+    streams: Streams
+
+    @property
+    def ratio(self) -> float:
+        """Computation to communication."""
+        return self.streams.compute / self.streams.communication
+
+    @property
+    def overhead(self) -> float:
+        """Share of the pair's time in which nothing is computed: communication that is not hidden."""
+        return 1 - self.streams.compute / self.streams.span
+
+
+def scale_out(
+    cfg: ModelConfig,
+    gpus: Sequence[int],
+    machine: Machine = ALONE,
+    limited: bool = True,
+    layers: int = 4,
+    tokens: int = REPORT_SEQUENCE_LENGTH,
+) -> list[Scaled]:
+    """The same model with more and finer spread experts (claim C18): experts per GPU, experts per token and the node
+    limit stay, and the expert-parallel group grows with the cluster as 64 of 2048 do in the report.
+
+    Raises:
+        ValueError: a number of GPUs that leaves no whole number of nodes in a group.
+    """
+    per_gpu = cfg.n_routed_experts // 64
+    share = REPORT_GPUS // 64
+    rows = []
+    for count in gpus:
+        nodes, rest = divmod(count, share * GPUS_PER_NODE)
+        if rest or not nodes:
+            raise ValueError(
+                f"{count} GPUs: take a multiple of {share * GPUS_PER_NODE}, so that experts fill whole nodes"
+            )
+        bigger = cfg.replace(
+            n_routed_experts=per_gpu * nodes * GPUS_PER_NODE, n_group=nodes, topk_group=min(cfg.topk_group, nodes)
+        )
+        layer = layer_times(bigger, cfg.first_k_dense_replace, machine, tokens, nodes, limited)
+        crossed = nodes_crossed(bigger, nodes, limited)
+        rows.append(Scaled(count, nodes, bigger.n_routed_experts, crossed, pair([layer] * layers, [layer] * layers)))
+    return rows
+
+
+def slower_links(
+    cfg: ModelConfig, factors: Sequence[float], machine: Machine = ALONE, layers: int = 4
+) -> list[Streams]:
+    """The same pair when the ratio is *not* kept: links slower by each factor (below 1: faster)."""
+    rows = []
+    for factor in factors:
+        slow = replace(machine, ib=machine.ib / factor, nvlink=machine.nvlink / factor, wait=machine.wait * factor)
+        layer = layer_times(cfg, cfg.first_k_dense_replace, slow)
+        rows.append(pair([layer] * layers, [layer] * layers))
+    return rows
