@@ -10,9 +10,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from dsv3_book.pipeline.place import place_layers
-from dsv3_book.pipeline.schedule import Action, Pair, Schedule, Transfer
-from dsv3_book.pipeline.validate import check
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -22,8 +19,11 @@ from dsv3_book.model.dispatch import Dispatch
 from dsv3_book.model.transformer import Losses, Part
 from dsv3_book.pipeline.cut import Ledger
 from dsv3_book.pipeline.overlap import Event, Run, overlapped
+from dsv3_book.pipeline.place import place_layers
+from dsv3_book.pipeline.schedule import Action, Pair, Schedule, Transfer
 from dsv3_book.pipeline.stage import Chunk, Weights
 from dsv3_book.pipeline.transfers import Transfers, sum_over
+from dsv3_book.pipeline.validate import check
 
 
 class PipelineError(RuntimeError):
@@ -214,11 +214,11 @@ class Pipeline(nn.Module):
         source, _ = self.schedule.where(kind, stage, m)
         if source == self.rank:
             return self.handed.pop((kind, stage, m))
+        transfer = Transfer(kind, stage, m, source, self.rank)
         try:
-            return self.transfers.receive(Transfer(kind, stage, m, source, self.rank))
+            return self.transfers.receive(transfer)
         except RuntimeError as error:
-            what = "output" if kind == "F" else "input gradient"
-            raise RuntimeError(f"no {what} of stage {stage}, micro-batch {m}, from rank {source}: {error}") from error
+            raise RuntimeError(f"{_what(transfer)} did not come from rank {source}: {error}") from error
 
     def _hand_on(self, kind: str, action: Action, value: Tensor | None) -> None:
         """Gives a chunk's result to whoever runs this micro-batch's next (or, backward, previous) stage."""
@@ -234,7 +234,11 @@ class Pipeline(nn.Module):
         if target == self.rank:
             self.handed[kind, stage, m] = value
         else:
-            self.transfers.send(Transfer(kind, stage, m, self.rank, target), value)
+            transfer = Transfer(kind, stage, m, self.rank, target)
+            try:
+                self.transfers.send(transfer, value)
+            except RuntimeError as error:
+                raise RuntimeError(f"{_what(transfer)} can't be sent to rank {target}: {error}") from error
 
     def _agree(self, micro_batches: list[Tensor]) -> None:
         """Refuses, on all ranks and before anything is computed, what would end in a hang or in nonsense."""
@@ -279,6 +283,11 @@ class Pipeline(nn.Module):
             dist.all_reduce(totals, group=self.group)
         main, mtp, balance = totals[:3].float()
         return Losses(main, mtp, balance, totals[3:].view(len(loads), self.cfg.n_routed_experts).float())
+
+
+def _what(transfer: Transfer) -> str:
+    made = "output" if transfer.kind == "F" else "input gradient"
+    return f"the {made} of stage {transfer.stage}, micro-batch {transfer.microbatch},"
 
 
 def describe(action: Action | Pair) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dsv3_book.pipeline.schedule import Schedule, Transfer
 from torch import Tensor
+
+from dsv3_book.pipeline.schedule import Schedule, Transfer
 
 AHEAD = 2  # messages from one rank for which room is made before they are needed
 
