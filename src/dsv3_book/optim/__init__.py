@@ -1,6 +1,8 @@
-"""The optimiser (report §4.2): AdamW on FP32 master weights, and clipping by the global norm."""
+"""The optimiser (report §4.2): AdamW on FP32 master weights, clipping by the global norm, and ZeRO-1 over ranks."""
 
 from dsv3_book.optim.adamw import adamw, optimizer_tensors
 from dsv3_book.optim.clip import clip_by_global_norm, global_norm
+from dsv3_book.optim.shards import Kind
+from dsv3_book.optim.zero import ZeRO1
 
-__all__ = ["adamw", "clip_by_global_norm", "global_norm", "optimizer_tensors"]
+__all__ = ["Kind", "ZeRO1", "adamw", "clip_by_global_norm", "global_norm", "optimizer_tensors"]

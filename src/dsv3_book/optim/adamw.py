@@ -6,7 +6,7 @@ Its parameters are the FP32 master weights themselves (report §3.3): the model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIECE = {"cpu": 2**19, "cuda": 2**24}  # numbers updated at a time: on a CPU what its caches hold, on a GPU more
+CUT = 64  # numbers: a tensor is cut at multiples of this only
 _KEYS = ("exp_avg", "exp_avg_sq")
 
 Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # parameter, gradient, both moments, the parameter's step
@@ -125,18 +126,20 @@ class AdamW(torch.optim.AdamW):
 def _batches(owners: Iterable[tuple[nn.Parameter, dict[str, Tensor]]], most: int) -> Iterator[list[Piece]]:
     """Pieces of the flattened parameters and what belongs to them, together at most `most` numbers at a time."""
     batch: list[Piece] = []
-    room = most
+    room = most = max(most, CUT)
     for p, state in owners:
         assert p.grad is not None
         flat = [p.detach().view(-1), p.grad.reshape(-1), *(state[key].view(-1) for key in _KEYS)]
         begin = 0
         while begin < p.numel():
-            end = min(begin + room, p.numel())
-            param, grad, m, v = (t[begin:end] for t in flat)
-            batch.append((param, grad, m, v, state["step"]))
+            # The last numbers of a piece are not vectorised and differ in the last bit: cut where no such rest is left.
+            end = p.numel() if p.numel() - begin <= room else begin + room // CUT * CUT
+            if end > begin:
+                param, grad, m, v = (t[begin:end] for t in flat)
+                batch.append((param, grad, m, v, state["step"]))
             room -= end - begin
             begin = end
-            if not room:
+            if room < CUT:
                 yield batch
                 batch, room = [], most
     if batch:
@@ -150,6 +153,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     moments: str = "fp32",
+    dims: Mapping[str, int] | None = None,
 ) -> AdamW:
     """The optimiser for these parameters, in two groups: matrices decay, vectors do not.
 
@@ -158,14 +162,15 @@ def adamw(
     decay. The routing bias is no parameter and never comes here. ε is not in the report either: 1e-8, the usual.
 
     moments: "fp32", or "bf16" as in the report (§3.3), which halves their memory. See `AdamW`.
+    dims: by name, how many dimensions that has of which the parameter is a flat piece (ZeRO's shards; None: its own).
 
     Raises:
         ValueError: other moments; bf16 moments with parameters that are not fp32, or with a β too near to one.
     """
-    named = list(named_parameters)
+    named = [(p, dims[name] if dims else p.dim()) for name, p in named_parameters]
     groups = [
-        {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p, dim in named if dim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p, dim in named if dim < 2], "weight_decay": 0.0},
     ]
     return AdamW([g for g in groups if g["params"]], moments, lr=lr, betas=betas, eps=eps)
 
