@@ -48,7 +48,7 @@ class Exchange(Protocol):
     """How N tokens here and S token-slots at the experts belong together, for one routing.
 
     `scatter` and `gather` are linear maps and each is the other's transpose, so a gradient takes the other way. Neither
-    is seen by autograd. `label` is the journey's name in errors and traces.
+    is seen by autograd.
     """
 
     @property
@@ -56,11 +56,11 @@ class Exchange(Protocol):
         """Slots of each expert that lives here; they sum to S."""
         ...
 
-    def scatter(self, x: Float[Tensor, "N D"], gates: Float[Tensor, "N K"] | None, label: str = "scatter") -> Pending:
+    def scatter(self, x: Float[Tensor, "N D"], gates: Float[Tensor, "N K"] | None) -> Pending:
         """Every token's row to each of its K slots; `wait()` gives (rows [S, D], gates [S] if some were sent)."""
         ...
 
-    def gather(self, y: Float[Tensor, "S D"], gates: Float[Tensor, " S"] | None, label: str = "gather") -> Pending:
+    def gather(self, y: Float[Tensor, "S D"], gates: Float[Tensor, " S"] | None) -> Pending:
         """Every token's K rows back, summed; `wait()` gives (sums [N, D], numbers [N, K] if some were sent)."""
         ...
 
@@ -171,10 +171,10 @@ class LocalExchange:
         self.back = torch.empty_like(self.order).scatter_(0, self.order, places).view(N, K)
         self.counts = torch.bincount(flat, minlength=num_experts)
 
-    def scatter(self, x: Float[Tensor, "N D"], gates: Float[Tensor, "N K"] | None, label: str = "") -> Done:
+    def scatter(self, x: Float[Tensor, "N D"], gates: Float[Tensor, "N K"] | None) -> Done:
         return Done((x.index_select(0, self.source), None if gates is None else gates.flatten()[self.order]))
 
-    def gather(self, y: Float[Tensor, "S D"], gates: Float[Tensor, " S"] | None, label: str = "") -> Done:
+    def gather(self, y: Float[Tensor, "S D"], gates: Float[Tensor, " S"] | None) -> Done:
         return Done((sum_slots(y, self.back), None if gates is None else gates[self.back]))
 
 

@@ -137,24 +137,24 @@ class MoELayer:
         yield "attention"
         x, leaving, gates, shared, _ = self.attention.forward(x)  # type: ignore[assignment]
         yield "dispatch"
-        travelling = self.exchange.scatter(leaving, gates, "dispatch F")  # type: ignore[arg-type]
+        travelling = self.exchange.scatter(leaving, gates)  # type: ignore[arg-type]
         del leaving, gates
         yield "mlp"
         (y,) = self.mlp.forward(*travelling.wait())
         yield "combine"
-        travelling = self.exchange.gather(y, None, "combine F")  # type: ignore[arg-type]
+        travelling = self.exchange.gather(y, None)  # type: ignore[arg-type]
         del y
         yield "arrival"
         return merge(x, shared, travelling.wait()[0])
 
     def backward(self, dy: Tensor, weights: Weights, store: WeightGradients, now: bool) -> Parts:
         yield "combine"
-        travelling = self.exchange.scatter(dy.flatten(0, 1), None, "combine B")
+        travelling = self.exchange.scatter(dy.flatten(0, 1), None)
         yield "mlp"
         with store:
             rows = self.mlp.backward(travelling.wait()[0])
         yield "dispatch"
-        travelling = self.exchange.gather(*rows, "dispatch B")  # type: ignore[arg-type]
+        travelling = self.exchange.gather(*rows)  # type: ignore[arg-type]
         del rows
         if now:
             yield "mlp W"
