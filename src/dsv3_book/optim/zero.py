@@ -126,6 +126,17 @@ class ZeRO1:
         for p in [p for _, p in self.shards.named()] + [s.weight for s in self.shards.pieces()]:
             p.grad = None
 
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 weights that this rank updates, by name and range (without ZeRO: all, by name)."""
+        if not self.zero:
+            return dict(self.shards.named())
+        return {s.key: s.weight for s in self.shards.pieces()}
+
+    def gather_weights(self) -> None:
+        """Makes the parameters of all ranks what the master weights are now (after a change of these)."""
+        if self.zero:
+            self.shards.gather_weights()
+
     def take_weights(self) -> None:
         """Makes the master weights what the parameters are now (after these were filled from a file)."""
         self.shards.take_weights()
