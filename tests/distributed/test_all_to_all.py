@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv3_book.model.dispatch import Dispatch, LocalDispatch
+from dsv3_book.fp8 import dequantize_activation, quantize_activation
+from dsv3_book.model.dispatch import Dispatch, Done, LocalDispatch, LocalExchange
 from dsv3_book.parallel.all_to_all import AllToAll
 from dsv3_book.parallel.mesh import Mesh, make_mesh
+from dsv3_book.parallel.traffic import Traffic, traffic_of
 from dsv3_book.parallel.two_hop import TwoHop
 
 pytestmark = pytest.mark.distributed
@@ -70,13 +72,28 @@ def mine(case: Case, rank: int, size: int) -> tuple[slice, slice]:
     return slice(start, start + case.tokens[rank]), slice(rank * each, (rank + 1) * each)
 
 
-def check(case: Case, make) -> None:
+class Fp8Twin(LocalDispatch):
+    """Nothing travels, but what would have travelled as FP8 is quantised all the same."""
+
+    def plan(self, experts: Tensor) -> LocalExchange:
+        exchange = super().plan(experts)
+        scatter = exchange.scatter
+
+        def quantised(x: Tensor, gates: Tensor | None) -> Done:
+            codes, scale = quantize_activation(x, pow2=True)
+            return scatter(dequantize_activation(codes, scale, x.dtype), gates)
+
+        exchange.scatter = quantised
+        return exchange
+
+
+def check(case: Case, make, twin=LocalDispatch) -> None:
     """On every rank: what `make(E)` gives is what the local twin gives for everybody's tokens at once."""
     rank, size = dist.get_rank(), dist.get_world_size()
     x, experts, gates, weights, dy = case.everything()
     here, held = mine(case, rank, size)
     found = work(make(case.E), x[here], experts[here], gates[here], weights[held], dy[here])
-    y, dx, dgates, dweights, tokens, counts = work(LocalDispatch(case.E), x, experts, gates, weights, dy)
+    y, dx, dgates, dweights, tokens, counts = work(twin(case.E), x, experts, gates, weights, dy)
     assert found[5].tolist() == counts[held].tolist()
     start = int(counts[: held.start].sum())
     assert torch.equal(found[4], tokens[start : start + int(counts[held].sum())])  # sorted as if nothing had travelled
@@ -96,10 +113,65 @@ def two_hop(case: Case, per_node: int, asynchronous: bool) -> None:
     check(case, lambda E: TwoHop(mesh, E, asynchronous=asynchronous))
 
 
+def fp8(case: Case, per_node: int | None) -> None:
+    make = (lambda E: TwoHop(mesh_of(per_node), E, fp8=True)) if per_node else (lambda E: AllToAll(None, E, fp8=True))
+    check(case, make, Fp8Twin)
+
+
 @functools.cache
 def mesh_of(per_node: int) -> Mesh:
     """All ranks share the experts."""
     return make_mesh(ep=dist.get_world_size(), ranks_per_node=per_node)
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), [(2, None), (4, None), (4, 2)])
+def test_an_fp8_payload_equals_the_twin_with_the_same_quantisation(pool, ranks, per_node):
+    @settings(max_examples=15)
+    @given(cases(ranks, dtypes=(torch.float32, torch.bfloat16), widths=(1, 8, 130)))
+    def test(case):
+        pool(ranks).run(fp8, case, per_node)
+
+    test()
+
+
+def count(case: Case, per_node: int, hops: int, fp8: bool) -> None:
+    """What is counted while tokens travel is what the routing foretells, on every rank, there and back."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    kinds = {"fp8": fp8}
+    dispatch = (
+        TwoHop(mesh_of(per_node), case.E, **kinds)
+        if hops == 2
+        else AllToAll(None, case.E, ranks_per_node=per_node, **kinds)
+    )
+    x, experts, gates, weights, dy = case.everything()
+    here, held = mine(case, rank, size)
+    work(dispatch, x[here], experts[here], gates[here], weights[held], dy[here])
+    source = torch.arange(size).repeat_interleave(torch.tensor(case.tokens))
+    sizes = {"width": case.D, "element_bytes": x.element_size(), "gate_bytes": gates.element_size()}
+    for at in (rank, None):
+        expected = [
+            traffic_of(
+                experts,
+                case.E,
+                size,
+                per_node,
+                two_hop=hops == 2,
+                source=source,
+                rank=at,
+                backward=backward,
+                **sizes,
+                **kinds,
+            )
+            for backward in (False, True)
+        ]
+        found: list = [dispatch.traffic]
+        if at is None:
+            found = [None] * size
+            dist.all_gather_object(found, dispatch.traffic)
+        for way in ("scatter", "gather"):
+            assert sum((f[way] for f in found), Traffic()) == expected[0][way] + expected[1][way], (way, at)
+    dispatch.forget_traffic()
+    assert dispatch.traffic == {"scatter": Traffic(), "gather": Traffic()}
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -120,5 +192,16 @@ def test_two_hops_equal_the_local_twin(pool, ranks, per_node, asynchronous):
     @given(cases(ranks))
     def test(case):
         pool(ranks).run(two_hop, case, per_node, asynchronous)
+
+    test()
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+@pytest.mark.parametrize(("ranks", "per_node"), [(1, 1), (2, 1), (4, 2)])
+def test_bytes_per_link_are_as_foretold(pool, ranks, per_node, hops):
+    @settings(max_examples=15)
+    @given(cases(ranks), st.booleans())
+    def test(case, fp8):
+        pool(ranks).run(count, case, per_node, hops, fp8)
 
     test()

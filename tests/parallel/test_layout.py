@@ -1,5 +1,7 @@
 """Ranks, nodes and groups, as arithmetic."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def layouts(draw):
 def test_every_group_splits_all_ranks(layout):
     for group in GROUPS:
         parts = layout.partition(group)
-        assert sorted(sum(parts, [])) == list(range(layout.world))
+        assert sorted(itertools.chain(*parts)) == list(range(layout.world))
         assert all(part == sorted(part) and len(part) == len(parts[0]) for part in parts)
     sizes = {group: len(layout.partition(group)[0]) for group in GROUPS}
     assert sizes["pp"] == layout.pp

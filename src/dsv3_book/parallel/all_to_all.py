@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv3_book.fp8.quantize import dequantize_activation, quantize_activation
 from dsv3_book.model.dispatch import Dispatch, Handle
-from dsv3_book.parallel.hop import Hop, Slots, Wire, sum_runs
+from dsv3_book.parallel.hop import Hop, Slots, Wire, columns, sum_runs
 from dsv3_book.parallel.mesh import link, node_size
 from dsv3_book.parallel.terms import Terms
 from dsv3_book.parallel.traffic import Traffic
@@ -28,7 +28,7 @@ from dsv3_book.parallel.transport import Transport
 class Travelling(Dispatch):
     """Sends rows over one or more wires, hop after hop.
 
-    num_experts: E, on `ranks` ranks of which this is `rank`.  owners: for every wire, from an expert to the rank in that
+    num_experts: E, on `ranks` ranks of which this is `rank`.  owners: for every wire, from an expert to a rank of that
     wire's group.  fp8: rows travel to the experts (and gradients to them, in combine's backward) as E4M3 with scales
     that are powers of two; they return in their own dtype.  asynchronous: False completes every journey at its start.
     """
@@ -46,6 +46,7 @@ class Travelling(Dispatch):
         self.wires, self.owners = wires, owners
         self.num_experts, self.ranks, self.rank = num_experts, ranks, rank
         self.fp8, self.asynchronous = fp8, asynchronous
+        self.name = ""  # of what it is used for, in errors and traces
 
     def plan(self, experts: Int[Tensor, "N K"], x: Float[Tensor, "N D"] | None = None) -> RowExchange:
         """Starts the exchange of counts. Given x (only its width and dtype are looked at), all ranks find out whether
@@ -116,18 +117,21 @@ def experts_each(num_experts: int, ranks: int) -> int:
 class RowExchange:
     """An `Exchange` between processes, for one routing of this rank's N tokens and whatever the others have.
 
-    scatter and gather take a label, the name by which errors and traces call the journey. The first scatter also tells
-    for which experts rows are. `wait` of one must come before the next starts that needs it, on all ranks in one order.
+    The first scatter also tells for which experts rows are; a journey starts only when that one has arrived, and all
+    ranks start and await theirs in one order. Errors and traces call a journey by what it is to a layer, "dispatch F"
+    with gates, its gradient "dispatch B"; "combine F", and its gradient "combine B". In front stands `name`, the
+    dispatch's when the exchange was planned; both can be set, to the action and layer that it is for.
     """
 
     def __init__(self, dispatch: Travelling, experts: Int[Tensor, "N K"], x: Tensor | None) -> None:
         self.dispatch = dispatch
+        self.name = dispatch.name
         N, K = self.shape = experts.shape
         row = torch.arange(N, device=experts.device).repeat_interleave(K)
         key = experts.flatten().int() * dispatch.ranks + dispatch.rank
         self.own = Terms.of(dispatch.num_experts, x, dispatch.fp8)
         self.hops: list[Hop] = []
-        self._next_hop(Slots(row, key), N, self.own, "plan")
+        self._next_hop(Slots(row, key), N, self.own, self._label("dispatch F"))
         self.landing: Landing | None = None
 
     @property
@@ -135,12 +139,14 @@ class RowExchange:
         """Slots of each expert that lives here. Asking before the first scatter has arrived is itself a collective."""
         return self.landed().counts
 
-    def scatter(self, x: Float[Tensor, "N D"], gates: Float[Tensor, "N K"] | None, label: str = "scatter") -> Journey:
+    def scatter(self, x: Float[Tensor, "N D"], gates: Float[Tensor, "N K"] | None) -> Journey:
         self.own.admits(x)
+        label = self._label("combine B" if gates is None else "dispatch F")
         gates = None if gates is None else gates.detach().flatten()
         return Journey(self._scatter(x.detach(), gates, label), self.dispatch.asynchronous)
 
-    def gather(self, y: Float[Tensor, "S D"], gates: Float[Tensor, " S"] | None, label: str = "gather") -> Journey:
+    def gather(self, y: Float[Tensor, "S D"], gates: Float[Tensor, " S"] | None) -> Journey:
+        label = self._label("combine F" if gates is None else "dispatch B")
         gates = None if gates is None else gates.detach()
         return Journey(self._gather(y.detach(), gates, label), self.dispatch.asynchronous)
 
@@ -171,9 +177,9 @@ class RowExchange:
         """How slots lie where their experts are."""
         if self.landing is None:
             for i in range(len(self.dispatch.wires)):
-                hop = self._hop(i, "plan")
+                hop = self._hop(i, self._label("dispatch F"))
                 if hop.arrived is None:
-                    hop.carry(None, "plan")()
+                    hop.carry(None, self._label("dispatch F"))()
             ranks, experts = self.dispatch.ranks, self.dispatch.num_experts // self.dispatch.ranks
             assert hop.arrived is not None
             self.landing = Landing(hop.arrived, sum(hop.received_copies), ranks, experts, self.dispatch.rank)
@@ -193,6 +199,9 @@ class RowExchange:
                 self._next_hop(Slots(nothing, nothing), 0, hop.terms, label)
             hop.terms.check(f"the ranks of all-to-all '{label}'")
         return hop
+
+    def _label(self, journey: str) -> str:
+        return f"{self.name} {journey}" if self.name else journey
 
     def _next_hop(self, slots: Slots, rows: int, terms: Terms, label: str) -> None:
         i, ranks = len(self.hops), self.dispatch.ranks
@@ -251,5 +260,5 @@ def pack(x: Float[Tensor, "N D"]) -> Tensor:
 
 def unpack(rows: Tensor, D: int, dtype: torch.dtype) -> Float[Tensor, "N D"]:
     """Back from `pack`; exact in any dtype with 4 significant bits or more and the range for it."""
-    codes, scale = rows[:, :D].contiguous().view(torch.float8_e4m3fn), rows[:, D:].contiguous().view(torch.float32)
+    codes, scale = columns(rows, 0, D, torch.float8_e4m3fn), columns(rows, D, rows.shape[1], torch.float32)
     return dequantize_activation(codes, scale, dtype)

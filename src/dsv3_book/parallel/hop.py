@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dsv3_book.model.dispatch import Pending
-from dsv3_book.parallel.terms import Terms
+from dsv3_book.parallel.terms import HEAD_BYTES, Terms
 from dsv3_book.parallel.traffic import Traffic
 from dsv3_book.parallel.transport import Label, Transport
 
@@ -64,7 +64,7 @@ class Hop:
         heads = torch.stack([copies, torch.bincount(owner, minlength=size)], 1)
         heads = torch.cat([heads, terms.tensor(heads.device).expand(size, -1)], 1)
         self.sent_copies, self.sent_slots = heads[:, :2].t().tolist()
-        wire.scattered.add_metadata(wire.links, [1] * size, heads.shape[1] * heads.element_size())
+        wire.scattered.add_metadata(wire.links, [1] * size, HEAD_BYTES)
         self.heads: Pending | None = self._start(heads, [1] * size, [1] * size, "counts", journey)
         self.arrived: Slots | None = None
 
@@ -95,11 +95,11 @@ class Hop:
 
         def finish() -> Tensor | None:
             came = pending.wait()
-            place, key = (came if numbers is None else came[:, :8].contiguous().view(torch.int32)).unbind(1)
+            place, key = (came if numbers is None else columns(came, 0, 8, torch.int32)).unbind(1)
             starts = torch.tensor([0, *accumulate(self.received_copies)][:-1], device=key.device)
             counts = torch.tensor(self.received_slots, device=key.device)
             self.arrived = Slots(place + starts.repeat_interleave(counts, output_size=len(place)), key.contiguous())
-            return None if numbers is None else came[:, 8:].contiguous().view(numbers.dtype).squeeze(1)
+            return None if numbers is None else columns(came, 8, came.shape[1], numbers.dtype)[:, 0]
 
         return finish
 
@@ -152,6 +152,11 @@ def sum_runs(y: Float[Tensor, "S D"], order: Int[Tensor, " S"], counts: Int[Tens
 
 def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
+
+
+def columns(rows: Tensor, start: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Bytes `start` to `end` of every row [R, bytes], as numbers of a dtype."""
+    return rows[:, start:end].clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _row_bytes(x: Tensor) -> int:

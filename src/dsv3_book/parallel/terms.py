@@ -9,6 +9,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("number of experts", "width D", "dtype", "FP8 payload")
+HEAD_BYTES = 8 * (2 + 2 * len(NAMES))  # what each rank tells each other: copies, slots, and its terms, int64
 UNKNOWN = (1 << 40, -1)  # an empty interval: it agrees with everything
 
 
