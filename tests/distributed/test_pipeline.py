@@ -131,7 +131,7 @@ def refused(change: str) -> str:
     if odd and change in ("dead", "late"):
         forward = pipeline._forward
 
-        def failing(action: Any) -> Any:
+        def failing(action: Any, paired: bool = False) -> Any:
             if action.microbatch == 2:
                 if change == "dead":
                     os._exit(3)

@@ -67,13 +67,17 @@ class Ledger:
         self.peak, self.peak_bytes = max(self.peak, self.live), max(self.peak_bytes, self.bytes)
 
     def remove(self, owner: Hashable, storage: int, size: int) -> None:
-        for counts, key in ((self.owners, owner), (self.storages, storage)):
-            counts[key] -= 1
-            if not counts[key]:
-                del counts[key]
+        _take_one(self.owners, owner)
+        _take_one(self.storages, storage)
         if storage not in self.storages and storage not in self.ignore:
             self.bytes -= size
         self.live = len(self.owners)
+
+
+def _take_one(counts: Counter[Any], key: Any) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
 
 
 class Entry:

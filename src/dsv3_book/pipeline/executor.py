@@ -152,7 +152,8 @@ class Pipeline(nn.Module):
         like = torch.empty(B, T, self.cfg.hidden_size, dtype=self.compute_dtype, device=device)
         self.weights = Weights.of(count, mtp_weight, self.cfg.num_nextn_predict_layers, device)
         self.transfers = Transfers(self.schedule, self.group, self.opposite, like, self.timeout)
-        self.tokens, self.watch, self.handed = micro_batches, watch, {}
+        self.tokens, self.watch = micro_batches, watch
+        self.handed: dict[tuple[str, int, int], Tensor] = {}
         self.losses = torch.zeros(3, dtype=torch.float64, device=device)
         self.load: dict[str, Tensor] = defaultdict(lambda: torch.zeros(self.cfg.n_routed_experts, device=device))
         if watch is not None:
@@ -172,7 +173,7 @@ class Pipeline(nn.Module):
     def _run(self, action: Action | Pair) -> None:
         if isinstance(action, Pair):
             f, b = action.forward, action.backward
-            y, dx = overlapped(self._forward(f), self._backward(b))
+            y, dx = overlapped(self._forward(f, paired=True), self._backward(b, paired=True))
             self._hand_on("F", f, y)
             self._hand_on("B", b, dx)
             del self.chunks[b.stage, b.microbatch]
@@ -185,28 +186,31 @@ class Pipeline(nn.Module):
             if action.kind == "B":
                 del self.chunks[action.stage, action.microbatch]
 
-    def _forward(self, action: Action) -> Run:
+    def _forward(self, action: Action, paired: bool = False) -> Run:
         stage, m = action.stage, action.microbatch
         model = self.stages[str(stage)]
         x = None if stage == 0 else self._take("F", stage - 1, m)
         entry = self.watch.ledger.entry((stage, m)) if self.watch else None
         chunk = Chunk(model, self.tokens[m], model.dispatch, entry)  # type: ignore[arg-type]
         self.chunks[stage, m] = chunk
-        return Run(chunk.forward(x), self._recorder(action))
+        return Run(chunk.forward(x), self._recorder(action, paired))
 
-    def _backward(self, action: Action) -> Run:
+    def _backward(self, action: Action, paired: bool = False) -> Run:
         stage, m = action.stage, action.microbatch
         chunk = self.chunks[stage, m]
         dy = None if stage == self.schedule.num_stages - 1 else self._take("B", stage + 1, m)
         parts = chunk.backward(dy, self.weights, now=action.kind == "B")
-        return Run(parts, self._recorder(action))
+        return Run(parts, self._recorder(action, paired))
 
-    def _recorder(self, action: Action) -> Callable[[str, float, float], None] | None:
+    def _recorder(self, action: Action, paired: bool) -> Callable[[str, float, float], None] | None:
         if self.watch is None:
             return None
-        kind = "F" if action.kind == "F" else "B"
-        events = self.watch.events
-        return lambda part, start, end: events.append(Event(kind, action.stage, action.microbatch, part, start, end))
+        kind, events = "F" if action.kind == "F" else "B", self.watch.events
+
+        def done(part: str, start: float, end: float) -> None:
+            events.append(Event(kind, action.stage, action.microbatch, part, start, end, paired))
+
+        return done
 
     # What goes from stage to stage -------------------------------------------------------------------------------
     def _take(self, kind: str, stage: int, m: int) -> Tensor:
@@ -271,9 +275,9 @@ class Pipeline(nn.Module):
             holders = self.holders(name)
             if len(holders) > 1:
                 shared[tuple(holders)].append(p)
-        for holders, parameters in sorted(shared.items()):
+        for ranks, parameters in sorted(shared.items()):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            for p, total in zip(parameters, sum_over(gradients, list(holders), self.rank, self.group), strict=True):
+            for p, total in zip(parameters, sum_over(gradients, list(ranks), self.rank, self.group), strict=True):
                 p.grad = total
 
     def _summed(self, micro_batches: int) -> Losses:

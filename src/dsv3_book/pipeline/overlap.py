@@ -29,7 +29,8 @@ ORDER = (
 
 
 class Event(NamedTuple):
-    """A part that was done: "F" or "B" of which stage and micro-batch, from when to when (seconds, monotonic clock)."""
+    """A part that was done: "F" or "B" of which stage and micro-batch, from when to when (seconds of
+    `time.perf_counter`), and whether its chunk was one of a pair."""
 
     kind: str
     stage: int
@@ -37,6 +38,7 @@ class Event(NamedTuple):
     part: str
     start: float
     end: float
+    paired: bool
 
 
 class Run:
@@ -50,10 +52,10 @@ class Run:
 
     def step(self) -> None:
         """Does the next part."""
-        part, start = self.next, time.monotonic()
+        part, start = self.next, time.perf_counter()
         self._resume()
         if self.done and part:
-            self.done(part, start, time.monotonic())
+            self.done(part, start, time.perf_counter())
 
     def finish(self) -> Tensor | None:
         """Does all that is left; gives the chunk's result."""

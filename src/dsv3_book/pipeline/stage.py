@@ -123,7 +123,7 @@ class MoELayer:
             routing = block.route(h)
             self.exchange = self.dispatch.plan(routing.experts)
             leaving = h.flatten(0, 1)  # made here, as in `Block.forward`: gradients are summed in the order of making
-            shared = block.mlp.shared(h)  # type: ignore[union-attr, operator]
+            shared = block.mlp.shared(h)  # type: ignore[operator]
         B, T = x.shape[:2]
         cfg = block.self_attn.cfg
         balance = sequence_balance_loss(routing.scores.view(B, T, -1), cfg.num_experts_per_tok, cfg.aux_loss_alpha)
