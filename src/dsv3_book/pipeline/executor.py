@@ -131,12 +131,14 @@ class Pipeline(nn.Module):
         mtp_weight: float = 0.0,
         of: int | None = None,
         watch: Watch | None = None,
+        sum_copies: bool = True,
     ) -> Losses:
         """Forward and backward of all micro-batches; adds to the gradients of (main + λ·mtp + balance) / `of`.
 
         `micro_batches` are the schedule's M, each [B, T + 1 + J], the same on all ranks of the pipeline; only the first
         and the last stage look into them. `of` is the step's number of micro-batches in all data-parallel pipelines
-        together (M when None). Copies of a parameter on several ranks get the sum of their gradients.
+        together (M when None). Copies of a parameter on several ranks get the sum of their gradients; with
+        `sum_copies=False` each keeps its own, for ZeRO-1 to sum with those of the data-parallel ranks (`optim/zero.py`).
 
         Returns, on every rank, the means over the M micro-batches of the losses, and the summed load of all routers.
 
@@ -165,7 +167,8 @@ class Pipeline(nn.Module):
                 raise PipelineError(f"rank {self.rank}, at {describe(action)}: {error}") from error
         try:
             self.transfers.finish()
-            self._sum_copies()
+            if sum_copies:
+                self._sum_copies()
             return self._summed(len(micro_batches))
         except Exception as error:
             raise PipelineError(f"rank {self.rank}, after its last action: {error}") from error
