@@ -75,7 +75,7 @@ def mine(case: Case, rank: int, size: int) -> tuple[slice, slice]:
 class Fp8Twin(LocalDispatch):
     """Nothing travels, but what would have travelled as FP8 is quantised all the same."""
 
-    def plan(self, experts: Tensor) -> LocalExchange:
+    def plan(self, experts: Tensor, x: Tensor | None = None) -> LocalExchange:
         exchange = super().plan(experts)
         scatter = exchange.scatter
 

@@ -68,13 +68,14 @@ class Exchange(Protocol):
 class Dispatch:
     """Sends each of N tokens to its K experts and brings the results back."""
 
-    def plan(self, experts: Int[Tensor, "N K"]) -> Exchange:
-        """The exchange for this routing."""
+    def plan(self, experts: Int[Tensor, "N K"], x: Float[Tensor, "N D"] | None = None) -> Exchange:
+        """The exchange for this routing. x, if it is at hand, shows what rows will travel: only its width and dtype are
+        looked at, so that processes which disagree find out before anything is sent."""
         raise NotImplementedError
 
     def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> Handle:
         """Starts the journey of x, without waiting for its end."""
-        return Handle(self.plan(experts), x, gates)
+        return Handle(self.plan(experts, x), x, gates)
 
 
 class Handle:
@@ -155,7 +156,7 @@ class LocalDispatch(Dispatch):
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def plan(self, experts: Int[Tensor, "N K"]) -> LocalExchange:
+    def plan(self, experts: Int[Tensor, "N K"], x: Float[Tensor, "N D"] | None = None) -> LocalExchange:
         return LocalExchange(experts, self.num_experts)
 
 

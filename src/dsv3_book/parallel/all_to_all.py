@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3_book.fp8.quantize import dequantize_activation, quantize_activation
-from dsv3_book.model.dispatch import Dispatch, Handle
+from dsv3_book.model.dispatch import Dispatch
 from dsv3_book.parallel.hop import Hop, Slots, Wire, columns, sum_runs
 from dsv3_book.parallel.mesh import link, node_size
 from dsv3_book.parallel.terms import Terms
@@ -49,12 +49,8 @@ class Travelling(Dispatch):
         self.name = ""  # of what it is used for, in errors and traces
 
     def plan(self, experts: Int[Tensor, "N K"], x: Float[Tensor, "N D"] | None = None) -> RowExchange:
-        """Starts the exchange of counts. Given x (only its width and dtype are looked at), all ranks find out whether
-        theirs agree before any row moves."""
+        """Starts the exchange of counts. Given x, all ranks learn from it whether they agree before any row moves."""
         return RowExchange(self, experts, x)
-
-    def start(self, x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], gates: Float[Tensor, "N K"]) -> Handle:
-        return Handle(self.plan(experts, x), x, gates)
 
     @property
     def traffic(self) -> dict[str, Traffic]:

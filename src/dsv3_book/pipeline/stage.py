@@ -121,8 +121,8 @@ class MoELayer:
         x = block.attention(x, self.at)
         with ops.recomputed(block.post_attention_layernorm, x, enabled=block.recompute) as h:
             routing = block.route(h)
-            self.exchange = self.dispatch.plan(routing.experts)
             leaving = h.flatten(0, 1)  # made here, as in `Block.forward`: gradients are summed in the order of making
+            self.exchange = self.dispatch.plan(routing.experts, leaving)
             shared = block.mlp.shared(h)  # type: ignore[operator]
         B, T = x.shape[:2]
         cfg = block.self_attn.cfg
