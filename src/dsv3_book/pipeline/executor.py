@@ -138,7 +138,7 @@ class Pipeline(nn.Module):
         `micro_batches` are the schedule's M, each [B, T + 1 + J], the same on all ranks of the pipeline; only the first
         and the last stage look into them. `of` is the step's number of micro-batches in all data-parallel pipelines
         together (M when None). Copies of a parameter on several ranks get the sum of their gradients; with
-        `sum_copies=False` each keeps its own, for ZeRO-1 to sum with those of the data-parallel ranks (`optim/zero.py`).
+        `sum_copies=False` each keeps its own, for ZeRO-1 to sum over all holders at once (`optim/zero.py`).
 
         Returns, on every rank, the means over the M micro-batches of the losses, and the summed load of all routers.
 
@@ -168,6 +168,7 @@ class Pipeline(nn.Module):
         try:
             self.transfers.finish()
             if sum_copies:
+                if sum_copies:
                 self._sum_copies()
             return self._summed(len(micro_batches))
         except Exception as error:
