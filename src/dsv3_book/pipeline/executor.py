@@ -168,7 +168,6 @@ class Pipeline(nn.Module):
         try:
             self.transfers.finish()
             if sum_copies:
-                if sum_copies:
                 self._sum_copies()
             return self._summed(len(micro_batches))
         except Exception as error:
