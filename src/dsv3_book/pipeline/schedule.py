@@ -212,27 +212,39 @@ def spell(words: Iterable[str], lanes: Sequence[tuple[int, Sequence[int]]]) -> l
     Args:
         words: like ``F0``, ``I1``, ``W``, ``F0B1``; the digit is the lane.
         lanes: for each lane its stage and its micro-batches.
+
+    Raises:
+        ValueError: something that is not a word, or a word for which no micro-batch is left.
     """
-    todo = {kind: [iter(microbatches) for _, microbatches in lanes] for kind in "FB"}
-    owed: deque[Action] = deque()  # the I's whose W is still to come
+    todo = {kind: [deque(microbatches) for _, microbatches in lanes] for kind in "FB"}
+    owed: deque[Action] = deque()  # the W's of the I's so far
 
     def action(kind: str, lane: int) -> Action:
-        made = Action(kind, lanes[lane][0], next(todo["F" if kind == "F" else "B"][lane]))
+        made = Action(kind, lanes[lane][0], todo["F" if kind == "F" else "B"][lane].popleft())
         if kind == "I":
             owed.append(Action("W", made.stage, made.microbatch))
         return made
 
-    spelled: list[Action | Pair] = []
-    for word in words:
+    def read(word: str) -> Action | Pair:
         match list(word):
             case ["W"]:
-                spelled.append(owed.popleft())
-            case [kind, lane]:
-                spelled.append(action(kind, int(lane)))
+                return owed.popleft()
+            case ["F" | "B" | "I" as kind, lane]:
+                return action(kind, int(lane))
             case ["F", lane, "B", other]:
-                spelled.append(Pair(action("F", int(lane)), action("B", int(other))))
-            case _:
-                raise ValueError(f"{word!r} is not a word of a schedule; there are F0, B0, I0 (any lane), W and F0B1")
+                return Pair(action("F", int(lane)), action("B", int(other)))
+        raise ValueError
+
+    spelled: list[Action | Pair] = []
+    for word in words:
+        try:
+            spelled.append(read(word))
+        except IndexError:
+            raise ValueError(f"word {len(spelled) + 1}, {word!r}: no micro-batch of its lane is left for it") from None
+        except ValueError:
+            raise ValueError(
+                f"word {len(spelled) + 1}, {word!r}, is none: there are F0, B0, I0 (or any other lane), W and F0B1"
+            ) from None
     return spelled
 
 
@@ -243,16 +255,12 @@ def _check_numbers(name: str, P: int, M: int) -> None:
     if P < 1 or M < 1:
         wrong = "both must be at least 1"
     elif name in ("chimera", "dualpipe") and P % 2:
-        wrong = (
-            f"two directions need an even number of ranks: take {P - 1 or 2} or {P + 1}, or dualpipev, which takes any"
-        )
+        wrong = f"two directions need an even number of ranks: take {P + 1}, or dualpipev, which takes any"
     elif name == "chimera" and M % P:
-        wrong = f"micro-batches must be divisible by the {P} stages: take {max(P, M - M % P)} or {M + P - M % P}"
+        wrong = f"micro-batches must be divisible by the {P} stages: take {M - M % P + P}"
     elif name == "dualpipe" and M % 2:
         wrong = f"half of the micro-batches go each way: take an even number, {max(2 * P, M + 1)}"
     elif name in ("dualpipe", "dualpipev") and M < 2 * P:
-        wrong = (
-            f"it needs at least 2 × {P} = {2 * P} micro-batches to fill: take {2 * P} or more, or fewer ranks, or 1f1b"
-        )
+        wrong = f"it needs 2 × {P} = {2 * P} micro-batches or more to fill: take {2 * P}, or fewer ranks, or 1f1b"
     if wrong:
         raise ValueError(f"{name} with {P} ranks and {M} micro-batches: {wrong}")
