@@ -155,12 +155,14 @@ def _order(schedule: Schedule, place: dict[tuple[str, int, int], Place]) -> Iter
 def _circle(schedule: Schedule, place: dict[tuple[str, int, int], Place]) -> Iterable[str]:
     """The lists played: does every rank come to its end?"""
 
-    def needs(here: Place) -> list[Place]:
-        return [place[need] for part in schedule.actions[here[0]][here[1]].parts for need in _needs(schedule, part)]
-
     queues = [[(rank, i) for i in range(len(mine))] for rank, mine in enumerate(schedule.actions)]
+    needs = {
+        (rank, i): [place[need] for part in action.parts for need in _needs(schedule, part)]
+        for rank, mine in enumerate(schedule.actions)
+        for i, action in enumerate(mine)
+    }
     try:
-        play(queues, lambda _: 1.0, needs)
+        play(queues, dict.fromkeys(needs, 1.0), needs)
     except Stuck as stuck:
         waits = {rank: (here[1], need) for rank, here, need in stuck.waits}
         seen = [next(iter(waits))]
