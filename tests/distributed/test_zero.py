@@ -1,14 +1,18 @@
 """ZeRO-1 equals plain data parallelism bit for bit, keeps what it should, and says what is wrong."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv3_book.config import ModelConfig
+from dsv3_book.costs_memory import ema_bytes, zero1_bytes
 from dsv3_book.model import Transformer
-from dsv3_book.optim.shards import Kind
-from dsv3_book.optim.zero import ZeRO1
+from dsv3_book.optim import EMA, Kind, ZeRO1
+from dsv3_book.parallel import DataParallel
+from dsv3_book.parallel.buckets import ALIGN
 
 pytestmark = pytest.mark.distributed
 
@@ -40,9 +44,9 @@ def model() -> Transformer:
     return made
 
 
-def gradients(model: Transformer, step: int) -> None:
-    """A micro-batch of this rank's own."""
-    draw = torch.Generator().manual_seed(100 * step + dist.get_rank())
+def gradients(model: Transformer, step: int, rank: int | None = None) -> None:
+    """A micro-batch of this rank's own, or of another's."""
+    draw = torch.Generator().manual_seed(100 * step + (dist.get_rank() if rank is None else rank))
     tokens = torch.randint(model.cfg.vocab_size, (1, 18), generator=draw)
     losses = model.losses(tokens)
     (losses.main + 0.3 * losses.mtp + losses.balance).backward()
@@ -76,3 +80,277 @@ def test_zero1_is_data_parallel_bit_for_bit(pool, ranks: int, moments: str) -> N
         for name in one[1]:
             same = rank % 2 == 0 or ranks == 2 or ".experts." not in name or name.endswith(".step")
             assert torch.equal(one[1][name], plain[0][1][name]) == same, (rank, name)
+
+
+def sums_three_ways() -> tuple[list[str], list[str]]:
+    """Names whose gradients, summed over ranks, differ: as ZeRO-1 sums them from `DataParallel`'s, and these from those
+    of one process that runs all ranks' micro-batches one after the other."""
+    size, net = dist.get_world_size(), Transformer(tiny(), seed=0)
+    for rank in range(size):
+        gradients(net, 0, rank)
+    alone = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad()
+    gradients(net, 0)
+    own = [p.grad.clone() for p in net.parameters()]
+    DataParallel(dist.get_rank(), size).sum_gradients(net.parameters())
+    summed = {name: p.grad.clone() for name, p in net.named_parameters()}
+    for p, grad in zip(net.parameters(), own, strict=True):
+        p.grad = grad
+    optimizer = ZeRO1([Kind(list(net.named_parameters()), dist.group.WORLD)], dist.group.WORLD, lr=0.1, bucket=BUCKET)
+    optimizer.reduce()
+    assert all(p.grad is None for p in net.parameters())
+    sharded = optimizer.shards.whole([s.weight.grad for s in optimizer.shards.pieces()])
+    names = list(alone)
+    return (
+        [n for n in names if not torch.equal(sharded[n], summed[n])],
+        [n for n in names if not torch.equal(summed[n], alone[n])],
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sums_are_in_the_order_of_the_ranks(pool, ranks: int) -> None:
+    """((g0 + g1) + g2) + g3: with one micro-batch a rank, bit for bit what one process adds up in `.grad`."""
+    assert pool(ranks).run(sums_three_ways) == [([], [])] * ranks
+
+
+def norm_of_many_kinds(zero: bool) -> float:
+    """Two pipeline stages of two ranks each; what all hold, what a stage holds, what one rank holds."""
+    rank = dist.get_rank()
+    stages = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    tied, stage, expert = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    held = [Kind([("tied", tied)], dist.group.WORLD), Kind([("stage", stage)], stages[rank // 2])]
+    optimizer = ZeRO1([*held, Kind([("expert", expert)], None)], dist.group.WORLD, lr=0.1, zero=zero)
+    # Sums: tied 4 · 3 = 12, the stages 2 · 4 and 2 · 8, the experts 1, 2, 3, 4.
+    tied.grad, stage.grad, expert.grad = (torch.tensor([x]) for x in (3.0, 4.0 * (1 + rank // 2), 1.0 + rank))
+    optimizer.reduce()
+    return optimizer.clip(1.0).item()
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_norm_counts_every_parameter_once(pool, zero: bool) -> None:
+    exact = (12**2 + 8**2 + 16**2 + 1 + 4 + 9 + 16) ** 0.5
+    assert pool(4).run(norm_of_many_kinds, zero) == [pytest.approx(exact, rel=1e-6)] * 4
+
+
+def held_bytes(moments: str, weights: str) -> tuple[dict[str, int], int, int]:
+    """Bytes of what this rank keeps, counted by memory (each storage once), and its weights by kind."""
+    net = model()
+    others, experts = kinds(net)
+    numbers = [sum(p.numel() for _, p in kind.named) for kind in (others, experts)]
+    optimizer = ZeRO1([others, experts], dist.group.WORLD, lr=1e-2, moments=moments, weights=weights, bucket=BUCKET)
+    gradients(net, 0)
+    gradient = storage(p.grad for p in net.parameters())
+    optimizer.reduce()
+    optimizer.step()
+    pieces, weight = optimizer.shards.pieces(), storage(net.parameters())
+    states = [optimizer.optimizer.state_of(s.weight) for s in pieces]
+    found = {
+        "weights": weight,
+        "master": storage([*net.parameters(), *(s.weight for s in pieces)]) - weight,
+        "gradients": gradient,
+        "moments": storage(state[key] for state in states for key in ("exp_avg", "exp_avg_sq")),
+    }
+    return found, *numbers
+
+
+def storage(tensors: Iterable[Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(("moments", "weights"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+def test_memory_is_as_computed(pool, moments: str, weights: str) -> None:
+    """Per rank, to the padding of the buckets; over all ranks, not a number of state too many."""
+    answers = pool(4).run(held_bytes, moments, weights)
+    _, others, experts = answers[0]
+    expected = zero1_bytes(others, experts, dp=4, edp=2, weights=weights, moments=moments)
+    padding = 8 * ALIGN * (4 + 2 + len(list(Transformer(tiny()).parameters())))
+    assert padding < 0.2 * expected.moments
+    for found, *_ in answers:
+        for name, count in found.items():
+            assert abs(count - getattr(expected, name)) <= padding, name
+    each = 2 * {"fp32": 4, "bf16": 2}[moments]
+    assert sum(found["moments"] for found, *_ in answers) == each * (others + 2 * experts)
+    alone = zero1_bytes(others, experts, 1, 1, weights, moments)
+    assert alone.moments / expected.moments > 2.5
+
+
+def go_on(tensors: dict[str, Tensor] | None, weights: str, ranks: int) -> dict[str, Tensor] | None:
+    """Trains two steps (from there); the first `ranks` ranks take part, and all of these run the same micro-batches."""
+    group = dist.new_group(list(range(ranks)))
+    if dist.get_rank() >= ranks:
+        return None
+    net = Transformer(tiny(), seed=0)
+    if tensors:
+        net.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
+    named = list(net.named_parameters())
+    optimizer = ZeRO1([Kind(named, group)], group, lr=1e-2, moments="bf16", weights=weights, bucket=BUCKET)
+    if tensors:
+        optimizer.load(tensors)
+        again = optimizer.tensors()
+        assert all(
+            torch.equal(value, tensors[name]) and value.dtype == tensors[name].dtype for name, value in again.items()
+        )
+    for step in range(2):
+        gradients(net, step, 0)
+        for p in net.parameters():
+            p.grad /= ranks  # so that the sum is the same on 1, 2 and 4 ranks, to the last bit
+        optimizer.reduce()
+        optimizer.step()
+    return optimizer.tensors() | {f"model.{name}": value.detach().clone() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_state_goes_on_with_another_number_of_ranks(pool, weights: str) -> None:
+    """Two steps on one, two, four ranks, then two more on another number: the same bits."""
+    first = [pool(4).run(go_on, None, weights, ranks)[0] for ranks in (1, 2, 4)]
+    for other in first[1:]:
+        assert [name for name in other if not torch.equal(other[name], first[0][name])] == []
+    assert first[0]["lm_head.weight.step"] == 2 and first[0]["lm_head.weight.exp_avg"].dtype == torch.bfloat16
+    second = [pool(4).run(go_on, first[2 - i], weights, ranks)[0] for i, ranks in enumerate((1, 2, 4))]
+    for other in second:
+        assert [name for name in other if not torch.equal(other[name], second[0][name])] == []
+        assert other["lm_head.weight.step"] == 4
+
+
+def masters(weights: str) -> tuple[dict[str, Tensor], list[bool]]:
+    """Steps from gradients that are given: master weights, and whether the parameters are these, rounded."""
+    net = model()
+    optimizer = ZeRO1(kinds(net), dist.group.WORLD, lr=1e-2, moments="bf16", weights=weights, bucket=BUCKET)
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(STEPS):
+        versions = [p._version for p in net.parameters()]
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape, generator=draw)
+        optimizer.reduce()
+        optimizer.clip(CLIP)
+        optimizer.step()
+        assert all(p._version > before for p, before in zip(net.parameters(), versions, strict=True))
+    whole = optimizer.shards.whole([s.weight for s in optimizer.shards.pieces()])
+    return whole, [torch.equal(p, whole[name].to(p.dtype)) for name, p in net.named_parameters()]
+
+
+def test_bf16_weights_are_the_fp32_master_weights_rounded(pool) -> None:
+    """The masters start from the fp32 numbers and take the very steps that fp32 weights take."""
+    wide, narrow = (pool(4).run(masters, weights) for weights in ("fp32", "bf16"))
+    for (one, equal), (other, rounded) in zip(wide, narrow, strict=True):
+        assert all(equal) and all(rounded)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def trained_in_bf16() -> tuple[set[torch.dtype], set[torch.dtype], list[float]]:
+    net = Transformer(tiny(), seed=0, compute_dtype=torch.bfloat16)
+    named = list(net.named_parameters())
+    optimizer = ZeRO1([Kind(named, dist.group.WORLD)], dist.group.WORLD, lr=1e-2, moments="bf16", weights="bf16")
+    norms = []
+    for _ in range(4):
+        gradients(net, 0)
+        gradients(net, 0)
+        dtypes = {p.grad.dtype for p in net.parameters()}
+        optimizer.reduce()
+        norms.append(optimizer.clip(1.0).item())
+        optimizer.step()
+    return {p.dtype for p in net.parameters()}, dtypes, norms
+
+
+def test_bf16_weights_get_fp32_gradients(pool) -> None:
+    for dtypes, gradient_dtypes, norms in pool(2).run(trained_in_bf16):
+        assert dtypes == {torch.bfloat16} and gradient_dtypes == {torch.float32}
+        assert all(0 < norm < 100 for norm in norms)
+
+
+def average() -> tuple[bool, bool, bool, int]:
+    net = model()
+    optimizer = ZeRO1(kinds(net), dist.group.WORLD, lr=1e-2, bucket=BUCKET)
+    ema = EMA(optimizer.masters(), 0.9)
+    expected = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for step in range(STEPS):
+        gradients(net, step)
+        optimizer.reduce()
+        ema.before_step()
+        optimizer.step()
+        ema.update()
+        expected = {name: torch.lerp(expected[name], p.detach(), 1 - 0.9) for name, p in net.named_parameters()}
+    found = optimizer.shards.whole(list(ema.tensors().values()))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with ema.swapped(optimizer.gather_weights):
+        inside = all(torch.equal(p, expected[name]) for name, p in net.named_parameters())
+    after = all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    return all(torch.equal(found[n], expected[n]) for n in found), inside, after, storage(ema.average.values())
+
+
+def test_the_average_of_shards_is_the_average(pool) -> None:
+    """Each rank averages its shard; put together, and in the weights' place, it is the definition's, bit for bit."""
+    answers = pool(4).run(average)
+    assert [answer[:3] for answer in answers] == [(True, True, True)] * 4
+    net = Transformer(tiny())
+    experts = sum(p.numel() for name, p in net.named_parameters() if ".experts." in name)
+    others = sum(p.numel() for p in net.parameters()) - experts
+    assert sum(answer[3] for answer in answers) == 4 * (others + 2 * experts)
+    assert answers[0][3] == pytest.approx(ema_bytes(others, experts, 4, 2) / 2, rel=0.2)
+
+
+def mistakes() -> dict[str, str]:
+    rank, told = dist.get_rank(), {}
+
+    def attempt(name: str, work) -> None:
+        try:
+            work()
+            told[name] = "nothing"
+        except (ValueError, RuntimeError) as error:
+            told[name] = str(error)
+
+    def made(*named: tuple[str, nn.Parameter], **settings) -> ZeRO1:
+        return ZeRO1([Kind(list(named), dist.group.WORLD)], dist.group.WORLD, lr=0.1, **settings)
+
+    def p(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.ones(shape))
+
+    attempt("shapes", lambda: made(("a", p(2)), ("b", p(3 + rank))))
+    attempt("names", lambda: made(("a", p(2)), (f"b{rank}", p(2))))
+    attempt("fewer", lambda: made(*[("a", p(2)), ("b", p(2))][: 2 - rank]))
+    attempt("group", lambda: ZeRO1([Kind([("a", p(2))], dist.group.WORLD)], None, lr=0.1))
+    good = made(("a", p(2)))
+    attempt("order", good.step)
+    attempt("backward", good.reduce)
+    weight = good.shards.named()[0][1]
+    weight.grad = torch.ones(2)
+    weight.data = weight.data.clone()
+    attempt("moved", good.reduce)
+    return told
+
+
+def test_bad_input_is_told(pool) -> None:
+    one, other = pool(2).run(mistakes)
+    assert one == other
+    assert one["shapes"].endswith(
+        "rank 1 of the group has ('b', (4,), 'torch.float32') where its rank 0 has ('b', (3,), 'torch.float32')"
+    )
+    assert "rank 1 of the group has ('b1'" in one["names"]
+    assert "rank 1 of the group has no more where its rank 0 has ('b'" in one["fewer"]
+    assert "`world`" in one["group"]
+    assert one["order"].endswith("call reduce() first")
+    assert "no gradient at all for a" in one["backward"]
+    assert one["moved"].startswith("a has other memory than when the optimiser was made")
+
+
+def test_settings_that_do_not_go_together() -> None:
+    def made(dtype: torch.dtype = torch.float32, **settings) -> ZeRO1:
+        return ZeRO1([Kind([("a", nn.Parameter(torch.ones(2, dtype=dtype)))], None)], None, lr=0.1, **settings)
+
+    with pytest.raises(ValueError, match="weights must be one of fp32, bf16, got 'fp8'"):
+        made(weights="fp8")
+    with pytest.raises(ValueError, match="weights must be fp32, or zero True"):
+        made(weights="bf16", zero=False)
+    with pytest.raises(ValueError, match=r"a is torch\.bfloat16: give fp32 parameters"):
+        made(torch.bfloat16)
+    with pytest.raises(ValueError, match="listed twice: a"):
+        ZeRO1([Kind([("a", nn.Parameter(torch.ones(1)))], None) for _ in range(2)], None, lr=0.1)
+    p = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="in two kinds"):
+        ZeRO1([Kind([(name, p)], None) for name in "ab"], None, lr=0.1)
+    optimizer = made()
+    state = optimizer.tensors()
+    with pytest.raises(ValueError, match=r"the optimiser's a\.exp_avg is missing"):
+        optimizer.load({name: value for name, value in state.items() if name != "a.exp_avg"})
+    with pytest.raises(ValueError, match=r"a\.exp_avg_sq has shape \(3,\); \(2,\) is needed"):
+        optimizer.load(state | {"a.exp_avg_sq": torch.zeros(3)})

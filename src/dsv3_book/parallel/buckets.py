@@ -106,10 +106,10 @@ class Buckets:
             raise ValueError(f"parameters of one kind must be on one device, found {', '.join(sorted(devices))}")
         if split := [name for name, p in self if not p.is_contiguous()]:
             raise ValueError(f"{split[0]} is not contiguous in memory: make it so before the buckets are laid out")
-        self.group = group
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         if self.rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the group that is to hold {self.names[0]} …")
+        self.group = group if self.size > 1 else None  # to itself a rank sends nothing
         self.layout = Layout([p.numel() for p in self.parameters], self.size, bucket)
         self.device = self.parameters[0].device
 
