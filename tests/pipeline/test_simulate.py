@@ -238,18 +238,20 @@ def test_a_slower_stage_never_helps(schedule, numbers, which, stage):
 # Queues --------------------------------------------------------------------------------------------------------------
 def test_queues_wait_for_each_other():
     needs = {"b": ["x"], "y": ["a", "b"]}
-    times = play([["a", "b"], ["x", "y"]], {"a": 1, "b": 2, "x": 5, "y": 1}.__getitem__, lambda job: needs.get(job, ()))
+    times = play([["a", "b"], ["x", "y"]], {"a": 1, "b": 2, "x": 5, "y": 1}, needs)
     assert times == {"a": (0, 1), "x": (0, 5), "b": (5, 7), "y": (7, 8)}
-    assert play([], lambda job: 1, lambda job: ()) == {}
+    assert play([], {}, {}) == {}
 
 
 def test_stuck_queues_say_where():
     with pytest.raises(Stuck) as said:
-        play([["a", "b"], ["x"]], lambda job: 1, lambda job: {"a": ["x"], "x": ["b"]}.get(job, []))
+        play([["a", "b"], ["x"]], dict.fromkeys("abx", 1), {"a": ["x"], "x": ["b"]})
     assert said.value.waits == [(0, "a", "x"), (1, "x", "b")]
 
 
 def test_no_torch_is_needed():
-    names = ", ".join(f"dsv3_book.pipeline.{name}" for name in ("simulate", "pair", "table", "trace", "cluster"))
+    names = ", ".join(
+        f"dsv3_book.pipeline.{name}" for name in ("simulate", "pair", "table", "trace", "cluster", "scaling")
+    )
     code = f"import sys, {names}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,7 +26,7 @@ from ..costs import (
     head_flops,
     layer_flops,
 )
-from .pair import Layer, Streams, alone, is_communication, pair
+from .pair import Layer, alone, is_communication, pair
 from .place import place_layers
 from .schedule import make_schedule
 from .simulate import Costs, Timeline, simulate
@@ -176,17 +176,17 @@ def _product(flops: float, machine: Machine) -> Layer:
 def stage_layers(
     cfg: ModelConfig, num_stages: int, machine: Machine, tokens: int = REPORT_SEQUENCE_LENGTH, nodes: int = 8
 ) -> list[list[Layer]]:
-    """Every stage's layers in forward order, as `place_layers` puts them; the last one ends with the output head, and
-    with the MTP modules: each its eh_proj, its block, and the head once more."""
-
-    def layer(index: int) -> Layer:
-        return layer_times(cfg, index, machine, tokens, nodes)
-
-    stages = [[layer(index) for index in indices] for indices in place_layers(cfg, num_stages)]
+    """Every stage's layers in forward order, placed by `place_layers` as the executor's are. The last one ends with the
+    output head, and with the MTP modules: each its eh_proj, its block, and the head once more."""
+    layers = [
+        layer_times(cfg, index, machine, tokens, nodes)
+        for index in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers)
+    ]
+    stages = [layers[indices.start : indices.stop] for indices in place_layers(cfg, num_stages)]
     head = _product(tokens * head_flops(cfg), machine)
     stages[-1].append(head)
-    for depth in range(cfg.num_nextn_predict_layers):
-        stages[-1] += [_product(tokens * 4.0 * cfg.hidden_size**2, machine), layer(cfg.num_hidden_layers + depth), head]
+    for block in layers[cfg.num_hidden_layers :]:
+        stages[-1] += [_product(tokens * 4.0 * cfg.hidden_size**2, machine), block, head]
     return stages
 
 
@@ -252,69 +252,3 @@ def simulate_step(
     stages = stage_layers(cfg, plan.num_stages, machine, tokens, nodes)
     costs = stage_costs(stages, hop_ms(cfg, machine, tokens), overlap)
     return Step(schedule, simulate(plan, costs), microbatches, tokens)
-
-
-# Scaling -------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Scaled:
-    """One size of cluster: what one overlapped pair of MoE layers does there."""
-
-    gpus: int
-    nodes: int  # that the experts are spread over
-    experts: int
-    crossed: float  # copies of a token over InfiniBand
-    streams: Streams
-
-    @property
-    def ratio(self) -> float:
-        """Computation to communication."""
-        return self.streams.compute / self.streams.communication
-
-    @property
-    def overhead(self) -> float:
-        """Share of the pair's time in which nothing is computed: communication that is not hidden."""
-        return 1 - self.streams.compute / self.streams.span
-
-
-def scale_out(
-    cfg: ModelConfig,
-    gpus: Sequence[int],
-    machine: Machine = ALONE,
-    limited: bool = True,
-    layers: int = 4,
-    tokens: int = REPORT_SEQUENCE_LENGTH,
-) -> list[Scaled]:
-    """The same model with more and finer spread experts (claim C18): experts per GPU, experts per token and the node
-    limit stay, and the expert-parallel group grows with the cluster as 64 of 2048 do in the report.
-
-    Raises:
-        ValueError: a number of GPUs that leaves no whole number of nodes in a group.
-    """
-    per_gpu = cfg.n_routed_experts // 64
-    share = REPORT_GPUS // 64
-    rows = []
-    for count in gpus:
-        nodes, rest = divmod(count, share * GPUS_PER_NODE)
-        if rest or not nodes:
-            raise ValueError(
-                f"{count} GPUs: take a multiple of {share * GPUS_PER_NODE}, so that experts fill whole nodes"
-            )
-        bigger = cfg.replace(
-            n_routed_experts=per_gpu * nodes * GPUS_PER_NODE, n_group=nodes, topk_group=min(cfg.topk_group, nodes)
-        )
-        layer = layer_times(bigger, cfg.first_k_dense_replace, machine, tokens, nodes, limited)
-        crossed = nodes_crossed(bigger, nodes, limited)
-        rows.append(Scaled(count, nodes, bigger.n_routed_experts, crossed, pair([layer] * layers, [layer] * layers)))
-    return rows
-
-
-def slower_links(
-    cfg: ModelConfig, factors: Sequence[float], machine: Machine = ALONE, layers: int = 4
-) -> list[Streams]:
-    """The same pair when the ratio is *not* kept: links slower by each factor (below 1: faster)."""
-    rows = []
-    for factor in factors:
-        slow = replace(machine, ib=machine.ib / factor, nvlink=machine.nvlink / factor, wait=machine.wait * factor)
-        layer = layer_times(cfg, cfg.first_k_dense_replace, slow)
-        rows.append(pair([layer] * layers, [layer] * layers))
-    return rows

@@ -170,22 +170,18 @@ def _has(layers: Sequence[Layer], i: int, name: str) -> bool:
 
 def _run(issued: list[tuple[str, int]], forward: Sequence[Layer], backward: Sequence[Layer], both: bool) -> Streams:
     """Play parts (name, layer) on one stream, or on two, in the order they are issued."""
-    needs: dict[tuple[str, int], tuple[str, int]] = {}
+    needs: dict[tuple[str, int], list[tuple[str, int]]] = {}
     here = set(issued)
     for names, layers in ((FORWARD, forward), (BACKWARD, backward)):
         # A chunk is one chain through all its layers: each part needs the one before it, of those that exist.
         chain = [(name, i) for i in range(len(layers)) for name in names if (name, i) in here]
-        needs.update({after: before for before, after in pairwise(chain)})
+        needs.update({after: [before] for before, after in pairwise(chain)})
     for weights, gradient in WEIGHTS.items():
-        needs.update({(name, i): (gradient, i) for name, i in issued if name == weights and (gradient, i) in here})
-
+        needs.update({(name, i): [(gradient, i)] for name, i in issued if name == weights and (gradient, i) in here})
+    durations = {(name, i): (forward if name in FORWARD else backward)[i][name] for name, i in issued}
     queues = [[part for part in issued if is_communication(part[0]) == kind] for kind in (False, True)]
     try:
-        times = play(
-            queues if both else [issued],
-            duration=lambda part: (forward if part[0] in FORWARD else backward)[part[1]][part[0]],
-            needs=lambda part: (needs[part],) if part in needs else (),
-        )
+        times = play(queues if both else [issued], durations, needs)
     except Stuck as stuck:
         said = (f"{name} of layer {i} waits for {need} of layer {j}" for _, (name, i), (need, j) in stuck.waits)
         raise ValueError("this order can't run: " + "; ".join(said)) from None

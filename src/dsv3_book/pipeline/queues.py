@@ -9,7 +9,7 @@ a job starts when its queue's last job and everything it needs has ended. Both `
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 Job = Hashable
@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 
 
 class Stuck(ValueError):
-    """No queue can go on. `waits`: (number of the queue, its next job, the job that it waits for) of each that stopped."""
+    """No queue can go on. `waits`: (queue's number, its next job, the job that it waits for) of each that stopped."""
 
     def __init__(self, waits: list[tuple[int, Any, Any]]) -> None:
         self.waits = waits
@@ -25,14 +25,14 @@ class Stuck(ValueError):
 
 
 def play(
-    queues: Sequence[Sequence[Job]], duration: Callable[[Any], float], needs: Callable[[Any], Iterable[Job]]
+    queues: Sequence[Sequence[Job]], durations: Mapping[Any, float], needs: Mapping[Any, Sequence[Job]]
 ) -> dict[Job, Interval]:
     """When each job starts and ends, every queue starting at time 0.
 
     Args:
         queues: each a list of jobs, run in list order, one at a time. A job is in one queue, once.
-        duration: a job's time, in any unit, not negative.
-        needs: the jobs that must have ended before a job starts.
+        durations: each job's time, in any unit, not negative.
+        needs: the jobs that must have ended before a job starts; a job that is not in it needs none.
 
     Returns:
         {job: (start, end)}, each job starting as early as these rules allow.
@@ -51,14 +51,14 @@ def play(
         while position[number] < len(queue):
             job = queue[position[number]]
             start = free[number]
-            for need in needs(job):
+            for need in needs.get(job, ()):
                 done = times.get(need)
                 if done is None:
                     asleep[need].append(number)
                     break
                 start = max(start, done[1])
             else:
-                free[number] = end = start + duration(job)
+                free[number] = end = start + durations[job]
                 times[job] = (start, end)
                 position[number] += 1
                 awake.extend(asleep.pop(job, ()))

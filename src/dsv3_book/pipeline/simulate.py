@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from .queues import Stuck, play
 from .schedule import Action, Pair, Schedule, Transfer
@@ -66,8 +67,7 @@ def _checked(name: str, cost: float | Callable[..., float], *where: int) -> floa
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One action on its rank, from `start` to `end`."""
 
     rank: int
@@ -76,8 +76,7 @@ class Span:
     end: float
 
 
-@dataclass(frozen=True, slots=True)
-class Flight:
+class Flight(NamedTuple):
     """One tensor between two ranks, from `start` to `end` on its link."""
 
     transfer: Transfer
@@ -143,104 +142,90 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, busy_links: bool
         ValueError: an action appears twice, or nothing can go on; the message says who waits for what.
     """
     costs = costs or Costs()
-    work = _Work(schedule)
-    queues: list[list[Hashable]] = [
-        [(rank, i) for i in range(len(actions))] for rank, actions in enumerate(schedule.actions)
-    ]
     transfers = [transfer for rank in range(schedule.num_ranks) for transfer in schedule.sends(rank)]
+    # A rank's job is (rank, position in its list); a tensor's is its Transfer, on its link or on a link of its own.
+    queues: list[list[Hashable]] = [[(r, i) for i in range(len(todo))] for r, todo in enumerate(schedule.actions)]
     links: dict[Hashable, list[Hashable]] = {}
     for transfer in transfers:
         links.setdefault((transfer.source, transfer.target) if busy_links else transfer, []).append(transfer)
-    hops = {link: costs.between(*link) for link in {(transfer.source, transfer.target) for transfer in transfers}}
-    durations: dict[Hashable, float] = {}  # a cost may be a slow function of the stage: ask it once
-
-    def duration(job: Hashable) -> float:
-        if isinstance(job, Transfer):
-            return hops[job.source, job.target]
-        action = work.action(job)
-        key = tuple((part.kind, part.stage) for part in action.parts)
-        if key not in durations:
-            durations[key] = costs.of(action)
-        return durations[key]
-
+    needs = _needs(schedule, transfers)
     try:
-        times = play([*queues, *links.values()], duration, work.needs)
+        times = play([*queues, *links.values()], _durations(schedule, transfers, costs), needs)
     except Stuck as stuck:
-        raise ValueError(work.explain(stuck)) from None
+        raise ValueError(_explain(schedule, stuck, needs)) from None
     spans = [
-        [Span(rank, action, *times[rank, i]) for i, action in enumerate(actions)]
-        for rank, actions in enumerate(schedule.actions)
+        [Span(r, action, *times[r, i]) for i, action in enumerate(todo)] for r, todo in enumerate(schedule.actions)
     ]
     flights = sorted((Flight(transfer, *times[transfer]) for transfer in transfers), key=lambda flight: flight.start)
     return Timeline(schedule.name, spans, flights)
 
 
-class _Work:
-    """Who makes what: turns a schedule's actions and transfers into jobs and their needs.
+def _durations(schedule: Schedule, transfers: list[Transfer], costs: Costs) -> dict[Hashable, float]:
+    """How long each job takes. Each kind, stage and link is asked for once: a cost may be a slow function."""
+    hops = {link: costs.between(*link) for link in {(transfer.source, transfer.target) for transfer in transfers}}
+    durations: dict[Hashable, float] = {transfer: hops[transfer.source, transfer.target] for transfer in transfers}
+    known: dict[Hashable, float] = {}
+    for rank, actions in enumerate(schedule.actions):
+        for position, action in enumerate(actions):
+            alike = tuple((part.kind, part.stage) for part in action.parts)
+            if alike not in known:
+                known[alike] = costs.of(action)
+            durations[rank, position] = known[alike]
+    return durations
 
-    A rank's job is (rank, position in its list); a tensor's job is its Transfer.
-    """
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.made: dict[tuple[str, int, int], tuple[int, int]] = {}  # (F, B or W, stage, micro-batch) -> job
-        for rank, actions in enumerate(schedule.actions):
-            for position, action in enumerate(actions):
-                for part in action.parts:
-                    for kind in {"I": "B", "B": "BW"}.get(part.kind, part.kind):
-                        what = (kind, part.stage, part.microbatch)
-                        if what in self.made:
-                            other = self.made[what][0]
-                            raise ValueError(
-                                f"{part} on rank {rank} does again what rank {other} does: see `validate(schedule)`"
-                            )
-                        self.made[what] = (rank, position)
-        self.sent = {(t.kind, t.stage, t.microbatch): t for r in range(schedule.num_ranks) for t in schedule.sends(r)}
+def _needs(schedule: Schedule, transfers: list[Transfer]) -> dict[Hashable, list[Hashable]]:
+    """What each job waits for: jobs that make it or bring it; (kind, stage, micro-batch) where no rank makes it."""
+    made: dict[tuple[str, int, int], tuple[int, int]] = {}
+    for rank, actions in enumerate(schedule.actions):
+        for position, action in enumerate(actions):
+            for part in action.parts:
+                for kind in {"I": "B", "B": "BW"}.get(part.kind, part.kind):
+                    what = (kind, part.stage, part.microbatch)
+                    if what in made:
+                        raise ValueError(
+                            f"{part} on rank {rank} does again what rank {made[what][0]} does: see `validate(schedule)`"
+                        )
+                    made[what] = (rank, position)
+    brought = {(t.kind, t.stage, t.microbatch): t for t in transfers}
+    needs: dict[Hashable, list[Hashable]] = {t: [made[t.kind, t.stage, t.microbatch]] for t in transfers}
+    for rank, actions in enumerate(schedule.actions):
+        for position, action in enumerate(actions):
+            waits: list[Hashable] = []
+            for part in action.parts:
+                stage, microbatch = part.stage, part.microbatch
+                inputs = []
+                if part.kind == "F" and stage > 0:
+                    inputs = [("F", stage - 1, microbatch)]
+                elif part.kind == "W":
+                    inputs = [("B", stage, microbatch)]
+                elif part.kind in "IB":
+                    inputs = [("F", stage, microbatch)]
+                    if stage + 1 < schedule.num_stages:
+                        inputs.append(("B", stage + 1, microbatch))
+                for what in inputs:
+                    maker = made.get(what)
+                    waits.append(what if maker is None else maker if maker[0] == rank else brought[what])
+            needs[rank, position] = waits
+    return needs
 
-    def action(self, job: Hashable) -> Action | Pair:
-        assert isinstance(job, tuple)
-        rank, position = job
-        return self.schedule.actions[rank][position]
 
-    def inputs(self, part: Action) -> list[tuple[str, int, int]]:
-        """What a part of an action needs: the other stage's tensor, and what its own chunk did before."""
-        stage, microbatch = part.stage, part.microbatch
-        if part.kind == "F":
-            return [("F", stage - 1, microbatch)] if stage else []
-        if part.kind == "W":
-            return [("B", stage, microbatch)]
-        own = [("F", stage, microbatch)]
-        return [*own, ("B", stage + 1, microbatch)] if stage + 1 < self.schedule.num_stages else own
-
-    def needs(self, job: Hashable) -> list[Hashable]:
-        if isinstance(job, Transfer):
-            return [self.made[job.kind, job.stage, job.microbatch]]
-        needs: list[Hashable] = []
-        for part in self.action(job).parts:
-            for what in self.inputs(part):
-                maker = self.made.get(what)
-                if maker is None:
-                    needs.append(what)  # nobody makes it: the job will never start, and `explain` says so
-                elif maker[0] == job[0]:  # type: ignore[index]
-                    needs.append(maker)
-                else:
-                    needs.append(self.sent[what])
-        return needs
-
-    def explain(self, stuck: Stuck) -> str:
-        """The ranks that stopped, each with what it waits for. (Links only wait for ranks: they are left out.)"""
-        lines = []
-        for number, job, missing in stuck.waits:
-            if number >= self.schedule.num_ranks:
-                continue
-            if isinstance(missing, Transfer):
-                missing = self.made[missing.kind, missing.stage, missing.microbatch]
-            if len(missing) == 3:
-                kind, stage, microbatch = missing
-                cause = f"{kind}{stage}.{microbatch}, which no rank runs"
-            else:
-                there, at = missing
-                cause = f"{self.action(missing)}, number {at} of rank {there}'s list"
-                cause += " (itself)" if missing == job else ", further down its own" if there == number else ""
-            lines.append(f"rank {number} stops at {self.action(job)} (number {job[1]}) and waits for {cause}")
-        return f"schedule {self.schedule.name!r} can't go on: " + "; ".join(lines)
+def _explain(schedule: Schedule, stuck: Stuck, needs: dict[Hashable, list[Hashable]]) -> str:
+    """The ranks that stopped, each with what it waits for. (Links only wait for ranks: they are left out.)"""
+    lines = []
+    for number, job, missing in stuck.waits:
+        if number >= schedule.num_ranks:
+            continue
+        if isinstance(missing, Transfer):
+            [missing] = needs[missing]
+        if len(missing) == 3:
+            kind, stage, microbatch = missing
+            cause = f"{kind}{stage}.{microbatch}, which no rank runs"
+        else:
+            there, at = missing
+            cause = f"{schedule.actions[there][at]}, number {at} of rank {there}'s list"
+            cause += " (itself)" if missing == job else ""
+        lines.append(
+            f"rank {number} stops at {schedule.actions[number][job[1]]} (number {job[1]}) and waits for {cause}"
+        )
+    return f"schedule {schedule.name!r} can't go on: " + "; ".join(lines)
