@@ -72,6 +72,24 @@ def mine(case: Case, rank: int, size: int) -> tuple[slice, slice]:
     return slice(start, start + case.tokens[rank]), slice(rank * each, (rank + 1) * each)
 
 
+def transpose(case: Case, per_node: int | None) -> tuple[float, float]:
+    """⟨scatter(x), y⟩ and ⟨x, gather(y)⟩, and the same for gates, over all ranks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    x, experts, gates, *_ = case.everything()
+    here, _ = mine(case, rank, size)
+    dispatch = TwoHop(mesh_of(per_node), case.E) if per_node else AllToAll(None, case.E)
+    exchange = dispatch.plan(experts[here])  # a plan may do without x
+    rows, numbers = exchange.scatter(x[here], gates[here]).wait()
+    assert torch.equal(exchange.scatter(x[here], gates[here]).wait()[1], numbers)  # and gates may travel again
+    g = torch.Generator().manual_seed(case.seed + rank)
+    y, w = torch.randn(rows.shape, generator=g).to(x), torch.randn(len(rows), generator=g).to(gates)
+    sums, back = exchange.gather(y, w).wait()
+    assert sums.shape == x[here].shape and back.shape == gates[here].shape
+    both = torch.stack([(rows * y).sum() + (numbers * w).sum(), (x[here] * sums).sum() + (gates[here] * back).sum()])
+    dist.all_reduce(both)
+    return both[0].item(), both[1].item()
+
+
 class Fp8Twin(LocalDispatch):
     """Nothing travels, but what would have travelled as FP8 is quantised all the same."""
 
@@ -122,6 +140,17 @@ def fp8(case: Case, per_node: int | None) -> None:
 def mesh_of(per_node: int) -> Mesh:
     """All ranks share the experts."""
     return make_mesh(ep=dist.get_world_size(), ranks_per_node=per_node)
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), [(2, None), (4, 2)])
+def test_gather_is_scatter_transposed(pool, ranks, per_node):
+    @settings(max_examples=15)
+    @given(cases(ranks, dtypes=(torch.float64,)))
+    def test(case):
+        there, back = pool(ranks).run(transpose, case, per_node)[0]
+        assert there == pytest.approx(back, rel=1e-12, abs=1e-11)
+
+    test()
 
 
 @pytest.mark.parametrize(("ranks", "per_node"), [(2, None), (4, None), (4, 2)])
