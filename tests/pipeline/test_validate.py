@@ -241,3 +241,17 @@ def test_the_validator_complains_exactly_when_the_schedule_cannot_run(data: st.D
     wrong = validate(changed)
     assert (wrong == []) == brute.runs(changed), wrong
     assert all(sentence.endswith(".") for sentence in wrong)
+
+
+@given(data=st.data())
+def test_a_deadlock_is_seen_whatever_the_order(data: st.DataObject) -> None:
+    """Each rank works in any order in which the F, I and W of a chunk follow each other: often in a circle."""
+    P, M = data.draw(st.sampled_from([(2, 2), (2, 3), (3, 2), (4, 2)]))
+    lists: Lists = []
+    for rank in range(P):
+        order = data.draw(st.permutations([m for m in range(M) for _ in "FIW"]))
+        todo = {m: iter("FIW") for m in range(M)}
+        lists.append([Action(next(todo[m]), rank, m) for m in order])
+    wrong = validate(Schedule("shuffled", P, M, P, lists))
+    assert (wrong == []) == brute.runs(Schedule("shuffled", P, M, P, lists))
+    assert all(sentence.startswith(("Deadlock", "Behind")) for sentence in wrong)

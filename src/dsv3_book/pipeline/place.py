@@ -77,7 +77,7 @@ def place_layers(cfg: ModelConfig, num_stages: int, costs: Sequence[float] | Non
 
     def squares(stage: int, first: int, end: int, rest: float) -> tuple[float, int]:
         cost = cost_of(stage, first, end)
-        return (cost**2 + rest if cost <= bound else math.inf), end
+        return (cost**2 + rest if cost <= bound and rest < math.inf else math.inf), end
 
     table = [[squares(num_stages - 1, first, L, 0) for first in range(L + 1)]]
     for stage in reversed(range(num_stages - 1)):
