@@ -33,8 +33,8 @@ class WeightGradients:
     and its inputs' gradients, in FP8 their codes. An x that `ops.recomputed` had forgotten was computed again in I and
     is kept from there on. A gradient handed to `backward`, or received for it, must not be overwritten before `run`.
 
-    Gradients go to `.grad` without autograd, so hooks on the parameters don't fire: sum over processes after the last
-    W. A weight used several times in one backward gets its gradients one by one; autograd would add them up first.
+    Gradients go to `.grad` without autograd. Hooks on the parameters fire in backward, before there is a gradient, and
+    not in `run`: sum over processes after the last W. A weight used several times in one backward gets its gradients one by one; autograd would add them up first.
     """
 
     active: ClassVar[
