@@ -25,7 +25,7 @@ def test_dualpipes_bubble_at_any_durations(half: int, more: int, f: float, i: fl
 
 
 def test_each_w_saved_has_its_place() -> None:
-    """Three hops, all durations 1: W's that fill nothing cost 3, no split in the drain 6, in step 3 3 less one free F."""
+    """Three hops, all durations 1: idle W's cost 3, no split in the drain 6, none in step 3 costs 3 less an F."""
     dual = make_schedule("dualpipe", 8, 20)
 
     def whole(mine: list, start: bool) -> list:

@@ -34,7 +34,8 @@ class WeightGradients:
     is kept from there on. A gradient handed to `backward`, or received for it, must not be overwritten before `run`.
 
     Gradients go to `.grad` without autograd. Hooks on the parameters fire in backward, before there is a gradient, and
-    not in `run`: sum over processes after the last W. A weight used several times in one backward gets its gradients one by one; autograd would add them up first.
+    not in `run`: sum over processes after the last W. A weight used several times in one backward gets its gradients
+    one by one; autograd would add them up first.
     """
 
     active: ClassVar[
