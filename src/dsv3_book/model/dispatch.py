@@ -118,6 +118,11 @@ class Trip:
         self.go, self.back = go, back
         self.pending: Pending = Done(None)
 
+    def end(self) -> Any:
+        """What arrives; it is not kept here."""
+        pending, self.pending = self.pending, Done(None)
+        return pending.wait()
+
 
 class _Start(torch.autograd.Function):
     """Departs in forward; in backward it is the one that waits. Its result, empty, only ties it to `_Finish`."""
@@ -130,7 +135,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gates = ctx.trip.pending.wait()
+        rows, gates = ctx.trip.end()
         return None, rows, gates
 
 
@@ -140,7 +145,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trip: Trip, departed: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.trip = trip
-        return trip.pending.wait()
+        return trip.end()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:

@@ -153,7 +153,9 @@ class RowExchange:
             slots = hop.carry(numbers, label)
             going = hop.forward(rows, label)
             yield
-            numbers, rows = slots(), going.wait()
+            numbers = slots()
+            self._begin(i + 1, label)  # the next hop's counts travel while rows still arrive
+            rows = going.wait()
         rows = unpack(rows, x.shape[1], x.dtype) if self.dispatch.fp8 else rows
         landing = self.landed()
         return rows.index_select(0, landing.copy), None if numbers is None else numbers[landing.order]
@@ -182,11 +184,8 @@ class RowExchange:
         return self.landing
 
     def _hop(self, i: int, label: str) -> Hop:
-        """Hop i, when its counts are there and everybody's terms agree; it begins where the one before has ended."""
-        if i == len(self.hops):
-            before = self.hops[-1]
-            assert before.arrived is not None
-            self._next_hop(before.arrived, sum(before.received_copies), before.terms, label)
+        """Hop i, when its counts are there and everybody's terms agree."""
+        self._begin(i, label)
         hop = self.hops[i]
         hop.settle()
         if hop.terms.differ():
@@ -195,6 +194,13 @@ class RowExchange:
                 self._next_hop(Slots(nothing, nothing), 0, hop.terms, label)
             hop.terms.check(f"the ranks of all-to-all '{label}'")
         return hop
+
+    def _begin(self, i: int, label: str) -> None:
+        """Makes hop i, if there is to be one and it isn't made yet, of what the one before has brought."""
+        if i == len(self.hops) < len(self.dispatch.wires):
+            before = self.hops[-1]
+            assert before.arrived is not None
+            self._next_hop(before.arrived, sum(before.received_copies), before.terms, label)
 
     def _label(self, journey: str) -> str:
         return f"{self.name} {journey}" if self.name else journey
@@ -237,6 +243,8 @@ class Journey:
         try:
             next(self.steps)
         except StopIteration as stop:
+            if stop.value is None:
+                raise RuntimeError("this journey has failed before: see its first error") from None
             self.result, self.ended = stop.value, True
         return not self.ended
 

@@ -59,6 +59,8 @@ class Hop:
         first[1:] = (owner[1:] != owner[:-1]) | (row[1:] != row[:-1])
         self.row = row[first]  # the row of every copy that is sent
         copies = torch.bincount(owner[first], minlength=size)
+        if len(copies) > size:
+            raise ValueError(f"a token has chosen an expert beyond the {terms.low[0]} of this dispatch")
         # where a slot's copy stands among those for the same rank
         self.place = first.cumsum(0) - 1 - (copies.cumsum(0) - copies)[owner]
         heads = torch.stack([copies, torch.bincount(owner, minlength=size)], 1)
