@@ -115,6 +115,8 @@ def test_a_part_of_the_time_and_numbers_too_small_to_read(seen: list) -> None:
     assert "The figure ends at 6." in picture.alt and max(box[2] for box in boxes(seen[0])) <= 6
     draw(make_schedule("zb1p", 2, 100))
     assert numbers(seen[1]) == [] and len(boxes(seen[1])) == 600
+    draw(make_schedule("1f1b", 2, 30))  # backwards have room for two digits, forwards for one
+    assert len(boxes(seen[2])) == 120 and len(numbers(seen[2])) == 60 + 2 * 10
 
 
 def test_what_cannot_run_cannot_be_drawn() -> None:

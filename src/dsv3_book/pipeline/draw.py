@@ -14,7 +14,7 @@ from dsv3_book.plot import BLUE, CARD, GREEN, GREY, INK, LIGHT, ORANGE, RED, Pic
 
 COLORS = {"F": BLUE, "B": RED, "I": ORANGE, "W": GREEN}
 MEANING = {"F": "forward", "B": "backward, whole", "I": "backward, inputs", "W": "backward, weights"}
-SMALLEST = 3.6  # points: numbers that would be smaller are left out
+SMALLEST = 4.2  # points: where a number would have to be smaller, it is left out
 
 
 def draw(
@@ -99,16 +99,16 @@ def _fill(ax: Any, boxes: list[Box]) -> None:
 
 
 def _write(ax: Any, boxes: list[Box], points: float) -> None:
-    """The micro-batch in each box, all in one size: the largest that fits the box that leaves least room for it."""
+    """The micro-batch in each box, all in one size: the largest that fits all boxes, but if that is smaller than
+    SMALLEST, this, in the boxes that have room for it. `points` are the points in one unit of time."""
     digit = 0.72  # a digit's width with some air, in sizes of the font
-    written = [(l, r, t, b, part, light) for l, r, t, b, part, light in boxes if r > l]
-    room = min(((r - l) * points / len(str(part.microbatch)) for l, r, _, _, part, _ in written), default=0.0)
-    size = min(6.5 if any(b - t < 0.8 for _, _, t, b, _, _ in written) else 8.0, room / digit)
-    if size < SMALLEST:
-        return
-    for l, r, t, b, part, light in written:
-        ax.text((l + r) / 2, (t + b) / 2, part.microbatch, ha="center", va="center_baseline", fontsize=size, zorder=3,
-                color=INK if light or part.kind == "I" else "white")  # fmt: skip
+    fits = [(r - l) * points / len(str(part.microbatch)) / digit for l, r, _, _, part, _ in boxes]
+    size = min(6.5 if any(b - t < 0.8 for _, _, t, b, _, _ in boxes) else 8.0, *fits)
+    size = max(size, SMALLEST)
+    for (l, r, t, b, part, light), fit in zip(boxes, fits, strict=True):
+        if fit >= size:
+            ax.text((l + r) / 2, (t + b) / 2, part.microbatch, ha="center", va="center_baseline", fontsize=size,
+                    color=INK if light or part.kind == "I" else "white", zorder=3)  # fmt: skip
 
 
 def _beside(ax: Any, row: float, bubble: str, held: str, color: str) -> None:
