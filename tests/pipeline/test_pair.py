@@ -83,6 +83,14 @@ def test_an_impossible_order_says_what_waits_for_what():
         pair([ONES], [ONES], bad)
 
 
+@pytest.mark.parametrize("part", ["mlp", "attention"])
+def test_weight_gradients_follow_their_input_gradients(part):
+    first = [name for name in RELEASED if name != f"{part}(W)"]
+    first.insert(first.index(f"{part}(B)"), f"{part}(W)")
+    with pytest.raises(ValueError, match=rf"{part}\(W\) of layer 0 waits for {part}\(B\) of layer 0"):
+        pair([ONES], [ONES], first)
+
+
 def test_chunks_alone():
     layers = [PROFILE] * 2
     assert alone("F", layers).span == pytest.approx(2 * sum(PROFILE[name] for name in FORWARD))

@@ -47,8 +47,8 @@ def scale_out(
     layers: int = 4,
     tokens: int = REPORT_SEQUENCE_LENGTH,
 ) -> list[Scaled]:
-    """The same model with more and finer spread experts (claim C18): experts per GPU, experts per token and the node
-    limit stay, and the expert-parallel group grows with the cluster as 64 of 2048 do in the report.
+    """The same model with more experts on more GPUs (claim C18): experts per GPU, experts per token and the node limit
+    stay, and the expert-parallel group grows with the cluster as 64 of 2048 do in the report.
 
     Raises:
         ValueError: a number of GPUs that leaves no whole number of nodes in a group.
