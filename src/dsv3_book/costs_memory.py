@@ -7,7 +7,8 @@ parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 
 from .config import ModelConfig
 from .costs import BYTES, TrainingBytes, embedding_params, layer_params, mtp_params
@@ -16,10 +17,9 @@ from .costs import BYTES, TrainingBytes, embedding_params, layer_params, mtp_par
 def rank_params(
     cfg: ModelConfig, layers: Iterable[int], ep: int = 1, embedding: bool = False, head: bool = False
 ) -> tuple[int, int]:
-    """Weights on a rank that has these layers: (routed experts excepted, its share 1/ep of the routed experts).
+    """Weights on a rank that has these layers: (all but routed experts, its share 1/ep of the routed experts).
 
-    embedding, head: whether it has the table, and the final norm, output head and MTP modules (which read the
-    embedding, so a rank with the head of a model with MTP has it too; once, if it has both).
+    embedding, head: whether it has the embedding table; the final norm, output head and MTP modules.
 
     Raises:
         ValueError: the routed experts don't divide among ep ranks.
@@ -27,14 +27,12 @@ def rank_params(
     if cfg.n_routed_experts % ep:
         raise ValueError(f"{cfg.n_routed_experts} experts don't divide among ep = {ep} ranks")
     pieces = [layer_params(cfg, index) for index in layers]
-    others = 0
     if head:
         pieces += [mtp_params(cfg, depth) for depth in range(1, cfg.num_nextn_predict_layers + 1)]
-        others += embedding_params(cfg) + cfg.hidden_size
-    if embedding or (head and cfg.num_nextn_predict_layers):
-        others += embedding_params(cfg)
+        pieces += [{"norm": cfg.hidden_size, "head": embedding_params(cfg)}]
     experts = sum(piece.get("routed_experts", 0) for piece in pieces)
-    return others + sum(sum(piece.values()) for piece in pieces) - experts, experts // ep
+    others = sum(sum(piece.values()) for piece in pieces) - experts + embedding * embedding_params(cfg)
+    return others, experts // ep
 
 
 def zero1_bytes(
@@ -57,6 +55,40 @@ def zero1_bytes(
         gradients=(others + experts) * BYTES["fp32"],
         moments=2 * shard * BYTES[moments],
     )
+
+
+def layout_bytes(
+    cfg: ModelConfig,
+    placed: Sequence[range],
+    held: Sequence[Sequence[int]],
+    dp: int,
+    ep: int = 1,
+    weights: str = "bf16",
+    moments: str = "bf16",
+) -> list[TrainingBytes]:
+    """What each pipeline rank keeps under ZeRO-1, every kind of parameter sharded over all ranks that hold it.
+
+    placed: the layers of each stage (`pipeline/place.py`).  held: the stages of each pipeline rank, as a schedule's
+    `stages(rank)`; the first has the embedding, the last has head and MTP, and with MTP the embedding's copy too.
+
+    Raises:
+        ValueError: ep doesn't divide dp, or the experts.
+    """
+    if dp % ep:
+        raise ValueError(f"ep = {ep} doesn't divide dp = {dp}")
+    last = len(placed) - 1
+    readers = {0, last} if cfg.num_nextn_predict_layers else {0}
+    found = []
+    for stages in held:
+        kinds = []  # (others, experts, how many pipeline ranks hold them)
+        for stage in stages:
+            numbers = rank_params(cfg, placed[stage], ep, head=stage == last)
+            kinds.append((*numbers, sum(stage in other for other in held)))
+        if readers & set(stages):
+            kinds.append((embedding_params(cfg), 0, sum(bool(readers & set(other)) for other in held)))
+        bytes_ = [astuple(zero1_bytes(o, e, dp * n, dp // ep * n, weights, moments)) for o, e, n in kinds]
+        found.append(TrainingBytes(*map(sum, zip(*bytes_, strict=True))))
+    return found
 
 
 def ema_bytes(others: int, experts: int, dp: int, edp: int) -> int:

@@ -125,7 +125,7 @@ def test_the_update_is_the_fused_one_piece_by_piece(monkeypatch: pytest.MonkeyPa
     for size in (2**19, 4096, 160):
         monkeypatch.setitem(PIECE, "cpu", size)
         torch.manual_seed(1)
-        named = [(str(i), nn.Parameter(torch.randn(n, 16))) for i, n in enumerate((40, 1, 300, 7))]
+        named = [(str(i), nn.Parameter(torch.randn(n, 13))) for i, n in enumerate((50, 1, 370, 8))]
         optimizer = adamw(named, lr=1e-2, moments="bf16")
         for _ in range(3):
             for _, p in named:

@@ -156,7 +156,7 @@ class ZeRO1:
         values = {key: ([state[key] for state in states], self.optimizer.moments) for key in _KEYS}
         if self.shards.dtype != torch.float32:
             values["master"] = [s.weight for s in pieces], torch.float32
-        out = {}
+        out: dict[str, Tensor] = {}
         for key, (parts, dtype) in values.items():
             out |= {f"{name}.{key}": value for name, value in self.shards.whole(parts, dtype).items()}
         for kind in self.shards.kinds:
