@@ -11,7 +11,7 @@ from dsv3_book.config import ModelConfig
 from dsv3_book.costs_memory import ema_bytes, zero1_bytes
 from dsv3_book.model import Transformer
 from dsv3_book.optim import EMA, Kind, ZeRO1
-from dsv3_book.parallel import DataParallel
+from dsv3_book.parallel import DataParallel, buckets
 from dsv3_book.parallel.buckets import ALIGN
 
 pytestmark = pytest.mark.distributed
@@ -354,3 +354,17 @@ def test_settings_that_do_not_go_together() -> None:
         optimizer.load({name: value for name, value in state.items() if name != "a.exp_avg"})
     with pytest.raises(ValueError, match=r"a\.exp_avg_sq has shape \(3,\); \(2,\) is needed"):
         optimizer.load(state | {"a.exp_avg_sq": torch.zeros(3)})
+
+
+def natively_summed() -> tuple[bool, bool]:
+    """The library's own reduce-scatter, which NCCL gets, here asked of gloo."""
+    group, row = dist.group.WORLD, torch.arange(256.0) * (1 + dist.get_rank())
+    mine = row.view(2, -1)[dist.get_rank()] / (1 + dist.get_rank()) * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda group: "another")
+        native = buckets.start_reduce_scatter(row.clone(), group)()
+    return torch.equal(native, mine), torch.equal(buckets.start_reduce_scatter(row, group)(), mine)
+
+
+def test_the_librarys_own_reduce_scatter_gives_the_same_shards(pool) -> None:
+    assert pool(2).run(natively_summed) == [(True, True)] * 2
