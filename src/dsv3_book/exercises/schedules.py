@@ -1,7 +1,7 @@
 """Graders of chapter 13: what a rank holds, a bubble derived, a rule of the validator, a schedule of one's own."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dsv3_book.exercises.grading import Case, Solution, grader, same
 from dsv3_book.pipeline.schedule import Action, Pair, Schedule, make_schedule
@@ -162,32 +162,57 @@ def held_until_w(actions: Actions) -> int:
     return _peak("WB")(actions)
 
 
-def score(text: str, ranks: int, microbatches: int, memory: int) -> str | None:
-    """None if the schedule in `text` solves the puzzle; else what is wrong, or its score and what it is to beat."""
-    if not isinstance(text, str):
-        return f"returned a {type(text).__name__}; a schedule is text, a line for each rank"
-    try:
-        schedule = Schedule.from_text(text)
-    except ValueError as error:
-        return str(error)
-    if (schedule.num_ranks, schedule.num_microbatches, schedule.num_stages) != (ranks, microbatches, ranks):
+@dataclass(frozen=True)
+class Score:
+    """A schedule of the puzzle: idle time of the worst rank (F = I = W = 1) and chunks held until their W."""
+
+    bubble: float
+    memory: int
+    beat: float  # 1F1B's bubble
+    least: float  # no one-way pipeline has less: the last rank begins after the others' forwards
+
+    def __str__(self) -> str:
         return (
-            f"{schedule.num_ranks} lines, {schedule.num_microbatches} micro-batches, {schedule.num_stages} stages; "
-            f"asked for: {ranks} ranks, {microbatches} micro-batches, one stage a rank"
+            f"bubble {self.bubble:g} (1F1B: {self.beat:g}, least possible: {self.least:g}), "
+            f"memory {self.memory} chunks until their W"
+        )
+
+
+def score(text: str, num_ranks: int, num_microbatches: int) -> Score:
+    """Time and memory of a schedule of the puzzle: a line for each rank, one stage a rank, no pairs.
+
+    Raises:
+        ValueError: it isn't one, or not valid; the message says why.
+    """
+    P, M = num_ranks, num_microbatches
+    if not isinstance(text, str):
+        raise ValueError(f"got a {type(text).__name__}; a schedule is text, a line for each rank")
+    schedule = Schedule.from_text(text)
+    found = schedule.num_ranks, schedule.num_microbatches, schedule.num_stages
+    if found != (P, M, P):
+        raise ValueError(
+            f"there are {found[0]} lines, {found[1]} micro-batches, {found[2]} stages; asked for: {P} ranks, "
+            f"{M} micro-batches, one stage a rank"
         )
     if wrong := validate(schedule):
-        return "not valid: " + " ".join(wrong[:3])
-    if moved := [rank for rank in range(ranks) if schedule.stages(rank) != [rank]]:
-        return f"rank {moved[0]} runs stages {schedule.stages(moved[0])}; here rank r runs stage r only"
-    if any(action.kind == "FB" for mine in schedule.actions for action in mine):
-        return "there is a pair in it; without a second stage on the rank there is nothing to gain, and none is allowed"
-    bubble, held = max(simulate(schedule).bubble), max(held_until_w(mine) for mine in schedule.actions)
-    beat, least = max(simulate(make_schedule("1f1b", ranks, microbatches)).bubble), ranks - 1
-    if held > memory or bubble >= beat:
-        return (
-            f"score: bubble {bubble:g} (1F1B: {beat:g}, the least possible: {least}), memory {held} chunks until "
-            f"their W (allowed: {memory})"
-        )
+        raise ValueError("not valid: " + " ".join(wrong[:3]))
+    for rank in range(P):
+        if schedule.stages(rank) != [rank]:
+            raise ValueError(f"rank {rank} runs stages {schedule.stages(rank)}; here rank r runs stage r only")
+        if any(action.kind == "FB" for action in schedule.actions[rank]):
+            raise ValueError(f"rank {rank} has a pair; with one stage a rank none is allowed")
+    memory = max(held_until_w(mine) for mine in schedule.actions)
+    beat = max(simulate(make_schedule("1f1b", P, M)).bubble)
+    return Score(max(simulate(schedule).bubble), memory, beat, P - 1)
+
+
+def _judge_schedule(text: str, ranks: int, microbatches: int, memory: int) -> str | None:
+    try:
+        found = score(text, ranks, microbatches)
+    except ValueError as error:
+        return str(error)
+    if found.memory > memory or found.bubble >= found.beat:
+        return f"{found}; allowed: {memory}"
     return None
 
 
@@ -224,7 +249,7 @@ def beat_1f1b():
     for ranks, microbatches in ((2, 4), (3, 6), (4, 8)):
 
         def judge(text: str, sizes: tuple[int, int, int] = (ranks, microbatches, ranks)) -> str | None:
-            return score(text, *sizes)
+            return _judge_schedule(text, *sizes)
 
         yield Case(
             (ranks, microbatches, ranks),
