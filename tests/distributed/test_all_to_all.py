@@ -55,6 +55,18 @@ def cases(draw, ranks: int, dtypes=(torch.float64, torch.float32, torch.bfloat16
     return Case(tokens, K, E, D, dtype, crowd, draw(st.integers(0, 10**6)))
 
 
+def edges(ranks: int) -> list[Case]:
+    """One token each for everybody; nothing at all; only the last rank has tokens; all tokens to the same experts."""
+    K = min(ranks, 4)
+    kinds = (
+        ([1] * ranks, "spread"),
+        ([0] * ranks, "spread"),
+        ([0] * (ranks - 1) + [3], "spread"),
+        ([5] * ranks, "one"),
+    )
+    return [Case(tokens, K, ranks, 2, torch.float64, crowd, 0) for tokens, crowd in kinds]
+
+
 def work(dispatch: Dispatch, x: Tensor, experts: Tensor, gates: Tensor, weights: Tensor, dy: Tensor) -> list[Tensor]:
     """Through the experts (a product with the expert's weight, then with the gate) and back, and the gradients."""
     x, gates, weights = (t.clone().requires_grad_() for t in (x, gates, weights))
@@ -211,6 +223,8 @@ def test_direct_equals_the_local_twin(pool, ranks, asynchronous):
     def test(case):
         pool(ranks).run(direct, case, asynchronous)
 
+    for case in edges(ranks):
+        pool(ranks).run(direct, case, asynchronous)
     test()
 
 
@@ -222,6 +236,8 @@ def test_two_hops_equal_the_local_twin(pool, ranks, per_node, asynchronous):
     def test(case):
         pool(ranks).run(two_hop, case, per_node, asynchronous)
 
+    for case in edges(ranks):
+        pool(ranks).run(two_hop, case, per_node, asynchronous)
     test()
 
 

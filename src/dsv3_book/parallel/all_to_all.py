@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv3_book.fp8.quantize import dequantize_activation, quantize_activation
 from dsv3_book.model.dispatch import Dispatch
-from dsv3_book.parallel.hop import Hop, Slots, Wire, columns, sum_runs
+from dsv3_book.parallel.hop import Hop, Slots, Wire, as_bytes, columns, sum_runs
 from dsv3_book.parallel.mesh import link, node_size
 from dsv3_book.parallel.terms import Terms
 from dsv3_book.parallel.traffic import Traffic
@@ -259,7 +259,7 @@ class Journey:
 def pack(x: Float[Tensor, "N D"]) -> Tensor:
     """uint8 [N, D + 4·⌈D/128⌉]: E4M3 codes, then the bytes of their fp32 power-of-two scales."""
     codes, scale = quantize_activation(x.float() if x.dtype == torch.float64 else x, pow2=True)
-    return torch.cat([codes.view(torch.uint8), scale.contiguous().view(torch.uint8)], 1)
+    return torch.cat([codes.view(torch.uint8), as_bytes(scale)], 1)
 
 
 def unpack(rows: Tensor, D: int, dtype: torch.dtype) -> Float[Tensor, "N D"]:

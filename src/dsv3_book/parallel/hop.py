@@ -91,7 +91,7 @@ class Hop:
         """Starts sending every slot: its copy, its key, its number. What came will be in `arrived`."""
         entries = torch.stack([self.place.int(), self.key], 1)
         if numbers is not None:
-            entries = torch.cat([_bytes(entries), _bytes(numbers[self.order][:, None])], 1)
+            entries = torch.cat([as_bytes(entries), as_bytes(numbers[self.order][:, None])], 1)
         self._count_slots(entries, self.wire.scattered, self.sent_slots)
         pending = self._start(entries, self.sent_slots, self.received_slots, "slots", journey)
 
@@ -152,8 +152,9 @@ def sum_runs(y: Float[Tensor, "S D"], order: Int[Tensor, " S"], counts: Int[Tens
     return F.embedding_bag(order, y.contiguous(), counts.cumsum(0) - counts, mode="sum")
 
 
-def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+def as_bytes(x: Tensor) -> Tensor:
+    """Rows as uint8. A copy: an axis of length 1 may have any stride, which a view of other elements doesn't accept."""
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def columns(rows: Tensor, start: int, end: int, dtype: torch.dtype) -> Tensor:
