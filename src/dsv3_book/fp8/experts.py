@@ -1,6 +1,6 @@
 """The routed experts with all their products in FP8, on rows sorted by expert, whatever the experts' loads.
 
-All scales of activations and gradients are powers of two. So the codes are what they would be had the tokens travelled
+All scales of activations and gradients are powers of two. So the values are what they would be had the tokens travelled
 as FP8 from another process (report §3.3.3), and turning 1×128 tiles into 128×1 tiles moves exponents only: which tokens
 meet in a tile hardly matters (only values 2¹⁵ below their tile's largest lose digits).
 """
