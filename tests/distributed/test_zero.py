@@ -1,6 +1,7 @@
 """ZeRO-1 equals plain data parallelism bit for bit, keeps what it should, and says what is wrong."""
 
 from collections.abc import Iterable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -301,3 +302,24 @@ def natively_summed() -> tuple[bool, bool]:
 
 def test_the_librarys_own_reduce_scatter_gives_the_same_shards(pool) -> None:
     assert pool(2).run(natively_summed) == [(True, True)] * 2
+
+
+def left_alone(rank_that_leaves: int) -> str:
+    """What this rank says when another never sums its gradients."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    net = model()
+    optimizer = ZeRO1([Kind(list(net.named_parameters()), group)], group, lr=1e-2)
+    if dist.get_rank() == rank_that_leaves:
+        return "left"
+    gradients(net, 0)
+    try:
+        optimizer.reduce()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_rank_that_never_comes_is_missed_by_name(pool) -> None:
+    said, left = pool(2).run(left_alone, 1)
+    assert left == "left"
+    assert said.startswith("rank 0: the sum of gradients of embed_tokens.weight and 50 more with ranks [0, 1] did not")

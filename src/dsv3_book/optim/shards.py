@@ -99,14 +99,15 @@ class Shards:
             for s in self.pieces():
                 s.parameter.view(-1)[s.begin : s.end].copy_(s.weight)
         works = [
-            start_all_gather(row[begin:end], kind.group)
+            (kind, start_all_gather(row[begin:end], kind.group))
             for kind, row in zip(self.kinds, self.rows, strict=True)
             if row is not None
             for begin, end in kind.layout.buckets
         ]
-        for work in works:
+        for kind, work in works:
             if work is not None:
-                work.wait()
+                with kind.named("the gathering of weights"):
+                    work.wait()
         increment_version([p for _, p in self.named()])  # what is derived from a weight and kept, FP8 codes, is stale
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -26,10 +27,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv3_book.parallel.lost import named
+
 ALIGN = 64  # numbers; also 256 bytes of fp32, which suits every kernel that wants aligned weights
-BUCKET = (
-    2**22
-)  # numbers in a bucket, 16 MiB of fp32 (our choice: large beside a message's latency, small beside a model)
+BUCKET = 2**22  # numbers in a bucket, 16 MiB of fp32 (our choice: much for a message, little beside a model)
 IN_FLIGHT = 2  # buckets under way at a time: one travels while the next is filled
 
 # torch 2.13 renamed these; 2.11 has the old names only.
@@ -125,7 +126,8 @@ class Buckets:
             return
         mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in self]
         everyones: list[list[tuple[str, tuple[int, ...], str]]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everyones, mine, group=self.group)
+        with self.named("the comparison"):
+            dist.all_gather_object(everyones, mine, group=self.group)
         for rank, theirs in enumerate(everyones):
             if theirs != everyones[0]:
                 pairs = zip([*theirs, None], [*everyones[0], None], strict=False)
@@ -162,10 +164,12 @@ class Buckets:
                     row[at : at + high - low].copy_(p.grad.reshape(-1)[low:high])
                     if forget and high == p.numel():
                         p.grad = None
-            under_way.append((row, start_reduce_scatter(row, self.group)))
-            if len(under_way) == IN_FLIGHT:
-                sums.append(under_way.popleft()[1]())
-        return sums + [finish() for _, finish in under_way]
+            with self.named("the sum of gradients"):
+                under_way.append((row, start_reduce_scatter(row, self.group)))
+                if len(under_way) == IN_FLIGHT:
+                    sums.append(under_way.popleft()[1]())
+        with self.named("the sum of gradients"):
+            return sums + [finish() for _, finish in under_way]
 
     @torch.no_grad()
     def gather(self, shards: Iterable[Float[Tensor, " _"]], into: Sequence[Tensor]) -> None:
@@ -176,18 +180,24 @@ class Buckets:
         def finish() -> None:
             row, pieces, work = under_way.popleft()
             if work is not None:
-                work.wait()
+                with self.named("the gathering"):
+                    work.wait()
             for number, low, high, at in pieces:
                 flat[number][low:high].copy_(row[at : at + high - low])
 
         for (begin, end), shard in zip(self.layout.buckets, shards, strict=True):
             row = shard.new_empty(end - begin)
             row.view(self.size, -1)[self.rank].copy_(shard)
-            under_way.append((row, self.layout.pieces(begin, end), start_all_gather(row, self.group)))
+            with self.named("the gathering"):
+                under_way.append((row, self.layout.pieces(begin, end), start_all_gather(row, self.group)))
             if len(under_way) == IN_FLIGHT:
                 finish()
         while under_way:
             finish()
+
+    def named(self, what: str) -> AbstractContextManager[None]:
+        """Around a message of this kind: an error of it says who waited for what."""
+        return named(f"{what} of {self.names[0]} and {len(self.names) - 1} more", self.group)
 
     def gather_gradients(self, shards: Iterable[Float[Tensor, " _"]]) -> None:
         """All ranks' shards of the sum of gradients, into every parameter's `.grad`, which is made where there is none.

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_book.model.dispatch import Done, Pending
+from dsv3_book.parallel.lost import named
 
 PARTS = ("counts", "slots", "rows")
 
@@ -60,10 +61,8 @@ class Transport:
             return Done(rows)
         output = rows.new_empty(sum(received), *rows.shape[1:])
         rows = rows.contiguous()
-        try:
+        with named(f"all-to-all '{label}'", group):
             work = dist.all_to_all_single(output, rows, list(received), list(sent), group=group, async_op=True)
-        except RuntimeError as error:
-            raise _lost(label, group, error) from error
         return Flight(work, rows, output, group, label, self.timeout)
 
 
@@ -79,23 +78,12 @@ class Flight:
     timeout: float | None
 
     def wait(self) -> Tensor:
-        try:
+        with named(f"all-to-all '{self.label}'", self.group):
             if self.timeout is None:
                 self.work.wait()
             else:
                 self.work.wait(timedelta(seconds=self.timeout))
-        except RuntimeError as error:
-            raise _lost(self.label, self.group, error) from error
         return self.output
-
-
-def _lost(label: Label, group: dist.ProcessGroup, error: RuntimeError) -> RuntimeError:
-    peers = dist.get_process_group_ranks(group)
-    reason = str(error).strip().splitlines()[0]
-    return RuntimeError(
-        f"rank {dist.get_rank()}: all-to-all '{label}' with ranks {peers} did not finish: {reason}. One of them has "
-        "ended, hangs, or took another path through the program: look for the first error in their logs"
-    )
 
 
 # Slowed down and watched ---------------------------------------------------------------------------------------------
