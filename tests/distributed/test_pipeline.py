@@ -124,10 +124,14 @@ def refused(change: str) -> str:
     """What this rank says when rank 1 is different, or gone, or asleep."""
     cfg, odd = config(2, 0), dist.get_rank() == 1
     schedule = make_schedule("1f1b", 2, 4)
-    pipeline = Pipeline(cfg, schedule, seed=5, timeout=timedelta(seconds=3))
+    pipeline = Pipeline(cfg, schedule, seed=5, timeout=timedelta(seconds=3 if change == "late" else 60))
     tokens = batches(cfg, 4)
     if odd and change == "shape":
         tokens = [t[:, :-1] for t in tokens]
+    if odd and change == "count":
+        tokens.pop()
+    if odd and change == "token":
+        tokens[2] = tokens[2] + cfg.vocab_size
     if odd and change in ("dead", "late"):
         forward = pipeline._forward
 
@@ -141,15 +145,57 @@ def refused(change: str) -> str:
         pipeline._forward = failing  # type: ignore[method-assign]
     try:
         pipeline.step(tokens)
-    except PipelineError as error:
-        return str(error)
-    return "nothing"
+    except (PipelineError, ValueError) as error:
+        message = str(error)
+    else:
+        return "nothing"
+    if change == "late":
+        with pytest.raises(PipelineError, match="an earlier step was broken off"):
+            pipeline.step(tokens)
+    else:
+        assert pipeline.step(batches(cfg, 4)).main > 0  # nothing had begun
+    return message
 
 
 def test_ranks_that_disagree_are_told_before_anything_is_computed(pool) -> None:
     for rank, message in enumerate(pool(2).run(refused, "shape")):
         assert message.startswith(f"rank {rank}, before its first action")
-        assert "[2, 9," in message and "[2, 8," in message
+        assert "micro-batch shape ([2, 9], [2, 8])" in message
+
+
+def test_one_ranks_mistake_ends_all_before_anything_is_computed(pool) -> None:
+    for change, why in {"count": "wants 4 micro-batches of one shape, got 3", "token": "a token is 1"}.items():
+        other, odd = pool(2).run(refused, change)
+        assert odd.startswith(why) or why in odd
+        assert other.startswith("rank 0, before its first action: rank 1 can't begin: ") and why in other
+
+
+def twice(name: str, depths: int) -> float:
+    """How far the gradients after two equal steps are from twice those after one."""
+    cfg = config(4, depths)
+    pipeline = Pipeline(cfg, make_schedule(name, 2, 4), seed=5)
+    pipeline.step(batches(cfg, 4), LAMBDA)
+    once = {n: p.grad.clone() for n, p in pipeline.parameters_by_name().items() if p.grad is not None}
+    pipeline.step(batches(cfg, 4), LAMBDA)
+    found = pipeline.parameters_by_name()
+    return max(((found[n].grad / 2 - g).norm() / g.norm()).item() for n, g in once.items())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["dualpipe", "1f1b"])
+def test_gradients_of_two_steps_add_up(pool, name: str) -> None:
+    """Copies too: mirrored stages', and the embedding's that MTP reads."""
+    assert max(pool(2).run(twice, name, 1)) < 1e-6
+
+
+def without_layers(name: str) -> float:
+    cfg = config(1, 0)
+    return Pipeline(cfg, make_schedule(name, 4, 8), seed=5).step(batches(cfg, 8)).main.item()
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_stages_and_ranks_without_a_layer(pool, name: str) -> None:
+    losses, _ = alone(config(1, 0), 8)
+    assert pool(4).run(without_layers, name) == pytest.approx([losses.main.item()] * 4, rel=1e-6)
 
 
 def test_a_late_peer_is_given_up_on_within_the_timeout(pool) -> None:
@@ -163,7 +209,7 @@ def test_a_late_peer_is_given_up_on_within_the_timeout(pool) -> None:
 def told(queue: Any, rank: int, store: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=20), rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), rank=rank, world_size=2)
     queue.put((rank, refused("dead")))
 
 
@@ -176,7 +222,7 @@ def test_a_dead_peer_ends_the_other_with_its_place(tmp_path: Any) -> None:
     processes = [context.Process(target=told, args=(queue, rank, str(tmp_path / "store"))) for rank in range(2)]
     for process in processes:
         process.start()
-    rank, message = queue.get(timeout=100)
+    rank, message = queue.get(timeout=200)
     for process in processes:
         process.join(20)
     assert rank == 0
@@ -191,5 +237,14 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="must be 1 ranges, one a stage"):
         Pipeline(config(4, 0), schedule, layers=[range(3)])
     pipeline = Pipeline(config(2, 0), schedule)
-    with pytest.raises(ValueError, match="wants 2 micro-batches of one shape, got 3"):
-        pipeline.step(batches(config(2, 0), 3))
+    tokens = batches(config(2, 0), 2)
+    for bad, of, message in (
+        (batches(config(2, 0), 3), None, "wants 2 micro-batches of one shape, got 3"),
+        ([t[:, :1] for t in tokens], None, "a width of at least 2"),
+        ([t[:0] for t in tokens], None, "B at least 1"),
+        ([t.float() for t in tokens], None, "float32, but tokens are int64"),
+        ([t - 64 for t in tokens], None, "vocabulary goes from 0 to 63"),
+        (tokens, 0, "of = 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.step(bad, of=of)
