@@ -149,7 +149,7 @@ def refused(change: str) -> str:
         message = str(error)
     else:
         return "nothing"
-    if change == "late":
+    if change in ("late", "dead"):
         with pytest.raises(PipelineError, match="an earlier step was broken off"):
             pipeline.step(tokens)
     else:
@@ -242,7 +242,6 @@ def test_wrong_arguments_are_refused() -> None:
         (batches(config(2, 0), 3), None, "wants 2 micro-batches of one shape, got 3"),
         ([t[:, :1] for t in tokens], None, "a width of at least 2"),
         ([t[:0] for t in tokens], None, "B at least 1"),
-        ([t.float() for t in tokens], None, "float32, but tokens are int64"),
         ([t - 64 for t in tokens], None, "vocabulary goes from 0 to 63"),
         (tokens, 0, "of = 0"),
     ):

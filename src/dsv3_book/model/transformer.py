@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -83,14 +84,16 @@ class Transformer(nn.Module):
                 L = cfg.num_hidden_layers
                 depths = range(L, L + cfg.num_nextn_predict_layers)
                 self.layers.update({str(i): MTPModule(cfg, i, self.part.experts) for i in depths})
+            if not self.layers and not self.part.embed and not self.part.head:
+                self.register_buffer("nothing", torch.empty(0), persistent=False)
         self.to(dtype)
         if self.device.type != "meta":
             init_weights(self, seed)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are; a part without any (a stage that got no layer) has a buffer to show it."""
+        return next(chain(self.parameters(), self.buffers())).device
 
     # Pieces ------------------------------------------------------------------------------------------------------
     def blocks(self) -> list[Block]:

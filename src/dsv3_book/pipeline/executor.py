@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from dsv3_book.config import ModelConfig
 from dsv3_book.model import Transformer
 from dsv3_book.model.dispatch import Dispatch
 from dsv3_book.model.transformer import Losses, Part
+from dsv3_book.pipeline.agree import PipelineError, agree, checksum
 from dsv3_book.pipeline.cut import Ledger
 from dsv3_book.pipeline.overlap import Event, Run, overlapped
 from dsv3_book.pipeline.place import place_layers
@@ -24,10 +24,6 @@ from dsv3_book.pipeline.schedule import Action, Pair, Schedule, Transfer
 from dsv3_book.pipeline.stage import Chunk, Weights
 from dsv3_book.pipeline.transfers import Transfers, sum_over
 from dsv3_book.pipeline.validate import check
-
-
-class PipelineError(RuntimeError):
-    """A step that could not be finished; says on which rank, at which action and micro-batch, and why."""
 
 
 @dataclass
@@ -99,6 +95,8 @@ class Pipeline(nn.Module):
         if len(ends) == 2 and hasattr(ends[1], "embed_tokens"):
             ends[1].embed_tokens = ends[0].embed_tokens
         self.chunks: dict[tuple[int, int], Chunk] = {}
+        self.checksum = checksum((schedule.actions, self.layers, cfg, seed))
+        self.failed = False
 
     # Who holds what ----------------------------------------------------------------------------------------------
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
@@ -143,14 +141,20 @@ class Pipeline(nn.Module):
         Returns, on every rank, the means over the M micro-batches of the losses, and the summed load of all routers.
 
         Raises:
-            PipelineError: the ranks disagree about the shapes, one of them failed, or did not answer in time.
+            ValueError: micro-batches that no step can be made of.
+            PipelineError: the ranks disagree, one of them failed, or did not answer in time. A step after one that was
+                broken off is refused: messages may still be under way.
         """
         micro_batches = list(micro_batches)
-        count = of or len(micro_batches)
-        self._agree(micro_batches)
+        if self.failed:
+            raise PipelineError(f"rank {self.rank}: an earlier step was broken off; start new processes")
+        terms = {"dtype": self.compute_dtype, "mtp_weight": mtp_weight}
+        terms["checksum of schedule, layers, model and seed"] = self.checksum
+        agree(self.cfg, self.schedule, self.group, micro_batches, of, terms)
+        count = len(micro_batches) if of is None else of
         B, width = micro_batches[0].shape
         T = width - 1 - self.cfg.num_nextn_predict_layers
-        device = next(self.parameters()).device
+        device: torch.device = next(iter(self.stages.values())).device  # type: ignore[assignment]
         like = torch.empty(B, T, self.cfg.hidden_size, dtype=self.compute_dtype, device=device)
         self.weights = Weights.of(count, mtp_weight, self.cfg.num_nextn_predict_layers, device)
         self.transfers = Transfers(self.schedule, self.group, self.opposite, like, self.timeout)
@@ -160,6 +164,9 @@ class Pipeline(nn.Module):
         self.load: dict[str, Tensor] = defaultdict(lambda: torch.zeros(self.cfg.n_routed_experts, device=device))
         if watch is not None:
             watch.ledger.ignore |= {p.untyped_storage().data_ptr() for p in self.parameters()}
+        if sum_copies:
+            self._set_aside()
+        self.failed = self.schedule.num_ranks > 1  # until the step is done
         for action in self.schedule.actions[self.rank]:
             try:
                 self._run(action)
@@ -169,9 +176,11 @@ class Pipeline(nn.Module):
             self.transfers.finish()
             if sum_copies:
                 self._sum_copies()
-            return self._summed(len(micro_batches))
+            losses = self._summed(len(micro_batches))
         except Exception as error:
             raise PipelineError(f"rank {self.rank}, after its last action: {error}") from error
+        self.failed = False
+        return losses
 
     def _run(self, action: Action | Pair) -> None:
         if isinstance(action, Pair):
@@ -221,11 +230,7 @@ class Pipeline(nn.Module):
         source, _ = self.schedule.where(kind, stage, m)
         if source == self.rank:
             return self.handed.pop((kind, stage, m))
-        transfer = Transfer(kind, stage, m, source, self.rank)
-        try:
-            return self.transfers.receive(transfer)
-        except RuntimeError as error:
-            raise RuntimeError(f"{_what(transfer)} did not come from rank {source}: {error}") from error
+        return self.transfers.receive(Transfer(kind, stage, m, source, self.rank))
 
     def _hand_on(self, kind: str, action: Action, value: Tensor | None) -> None:
         """Gives a chunk's result to whoever runs this micro-batch's next (or, backward, previous) stage."""
@@ -241,47 +246,33 @@ class Pipeline(nn.Module):
         if target == self.rank:
             self.handed[kind, stage, m] = value
         else:
-            transfer = Transfer(kind, stage, m, self.rank, target)
-            try:
-                self.transfers.send(transfer, value)
-            except RuntimeError as error:
-                raise RuntimeError(f"{_what(transfer)} can't be sent to rank {target}: {error}") from error
-
-    def _agree(self, micro_batches: list[Tensor]) -> None:
-        """Refuses, on all ranks and before anything is computed, what would end in a hang or in nonsense."""
-        schedule, shapes = self.schedule, {tuple(t.shape) for t in micro_batches}
-        if len(micro_batches) != schedule.num_microbatches or len(shapes) != 1:
-            raise ValueError(
-                f"the schedule wants {schedule.num_microbatches} micro-batches of one shape, got {len(micro_batches)} "
-                f"of the shapes {sorted(shapes)}"
-            )
-        if schedule.num_ranks == 1:
-            return
-        crc = zlib.crc32(repr((schedule.actions, self.layers, self.cfg)).encode())
-        said = [*shapes.pop(), str(self.compute_dtype), crc]
-        heard: list = [None] * schedule.num_ranks
-        dist.all_gather_object(heard, said, group=self.group)
-        if any(other != heard[0] for other in heard):
-            raise PipelineError(
-                f"rank {self.rank}, before its first action: the ranks disagree about the micro-batches' shape, the "
-                f"dtype, or the model and schedule (their checksum): {dict(enumerate(heard))}"
-            )
+            self.transfers.send(Transfer(kind, stage, m, self.rank, target), value)
 
     # After the last action ---------------------------------------------------------------------------------------
-    def _sum_copies(self) -> None:
-        """Gives every copy of a parameter the sum of all copies' gradients; nothing is done for those with one holder.
-
-        Here, after the last W: a weight gradient that was put off would not be in it earlier.
-        """
+    def _copied(self) -> list[tuple[tuple[int, ...], list[nn.Parameter]]]:
+        """This rank's parameters that others hold too, by who does."""
         shared: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
         for name, p in sorted(self.parameters_by_name().items()):
             holders = self.holders(name)
             if len(holders) > 1:
                 shared[tuple(holders)].append(p)
-        for ranks, parameters in sorted(shared.items()):
+        return sorted(shared.items())
+
+    def _set_aside(self) -> None:
+        """Takes the gradients of earlier steps, which are sums over all copies already, out of this one's."""
+        self.earlier = {p: p.grad for _, parameters in self._copied() for p in parameters if p.grad is not None}
+        for p in self.earlier:
+            p.grad = None
+
+    def _sum_copies(self) -> None:
+        """Adds to every copy of a parameter the sum of all copies' gradients; those with one holder are left alone.
+
+        Here, after the last W: a weight gradient that was put off would not be in it earlier.
+        """
+        for ranks, parameters in self._copied():
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             for p, total in zip(parameters, sum_over(gradients, list(ranks), self.rank, self.group), strict=True):
-                p.grad = total
+                p.grad = total + self.earlier.pop(p) if p in self.earlier else total
 
     def _summed(self, micro_batches: int) -> Losses:
         loads = [self.load[name] for name in self.router_names()]
@@ -290,11 +281,6 @@ class Pipeline(nn.Module):
             dist.all_reduce(totals, group=self.group)
         main, mtp, balance = totals[:3].float()
         return Losses(main, mtp, balance, totals[3:].view(len(loads), self.cfg.n_routed_experts).float())
-
-
-def _what(transfer: Transfer) -> str:
-    made = "output" if transfer.kind == "F" else "input gradient"
-    return f"the {made} of stage {transfer.stage}, micro-batch {transfer.microbatch},"
 
 
 def describe(action: Action | Pair) -> str:

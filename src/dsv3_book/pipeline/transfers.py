@@ -37,7 +37,8 @@ class Transfers:
     ) -> None:
         self.groups, self.like, self.timeout = (group, opposite or group), like, timeout
         self.rank = dist.get_rank(group) if schedule.num_ranks > 1 else 0
-        self.outgoing = {(t.kind, t.stage, t.microbatch): (t, n) for n, t in enumerate(schedule.sends(self.rank))}
+        self.nccl = schedule.num_ranks > 1 and dist.get_backend(group) == "nccl"
+        self.outgoing = {(t.kind, t.stage, t.microbatch): n for n, t in enumerate(schedule.sends(self.rank))}
         self.expected: dict[int, deque[tuple[Transfer, int]]] = {}
         for source in range(schedule.num_ranks):
             mine = [(t, n) for n, t in enumerate(schedule.sends(source)) if t.target == self.rank]
@@ -61,28 +62,54 @@ class Transfers:
         self.arriving[t.kind, t.stage, t.microbatch] = work, room
 
     def receive(self, transfer: Transfer) -> Tensor:
-        """Waits for this message, and makes room for another one from the same rank."""
+        """Waits for this message, and makes room for another one from the same rank.
+
+        Raises:
+            RuntimeError: it did not come; says which one, and from where.
+        """
         key = transfer.kind, transfer.stage, transfer.microbatch
-        while key not in self.arriving:
+        try:
+            while key not in self.arriving:
+                self._expect(transfer.source)
+            work, room = self.arriving.pop(key)
             self._expect(transfer.source)
-        work, room = self.arriving.pop(key)
-        self._expect(transfer.source)
-        work.wait(self.timeout)
+            self._wait(work)
+        except RuntimeError as error:
+            raise RuntimeError(f"{_what(transfer)} did not come from rank {transfer.source}: {error}") from error
         return room
 
     def send(self, transfer: Transfer, content: Tensor) -> None:
-        """Begins to send; `content` is kept until it has left."""
+        """Begins to send; `content` is kept until it has left.
+
+        Raises:
+            RuntimeError: it can't be sent; says which one, and to where.
+        """
         self.leaving = [(work, kept) for work, kept in self.leaving if not work.is_completed()]
         content = content.contiguous()
-        _, number = self.outgoing[transfer.kind, transfer.stage, transfer.microbatch]
+        number = self.outgoing[transfer.kind, transfer.stage, transfer.microbatch]
         group = self._group(self.rank, transfer.target)
-        self.leaving.append((dist.isend(content, group=group, group_dst=transfer.target, tag=number), content))
+        try:
+            self.leaving.append((dist.isend(content, group=group, group_dst=transfer.target, tag=number), content))
+        except RuntimeError as error:
+            raise RuntimeError(f"{_what(transfer)} can't be sent to rank {transfer.target}: {error}") from error
 
     def finish(self) -> None:
         """Waits until everything has left."""
         for work, _ in self.leaving:
-            work.wait(self.timeout)
+            self._wait(work)
         self.leaving.clear()
+
+    def _wait(self, work: dist.Work) -> None:
+        """Over NCCL a wait with a timeout would stop the CPU; there the group itself ends what takes too long."""
+        if self.nccl:
+            work.wait()
+        else:
+            work.wait(self.timeout)
+
+
+def _what(transfer: Transfer) -> str:
+    made = "output" if transfer.kind == "F" else "input gradient"
+    return f"the {made} of stage {transfer.stage}, micro-batch {transfer.microbatch},"
 
 
 def sum_over(tensors: list[Tensor], holders: list[int], rank: int, group: dist.ProcessGroup | None) -> list[Tensor]:
