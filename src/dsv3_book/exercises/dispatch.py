@@ -136,7 +136,7 @@ def by_expert() -> Iterator[Case]:
 
 # Which wires ---------------------------------------------------------------------------------------------------------
 def _wires(
-    experts: Tensor, num_experts: int, ranks: int, ranks_per_node: int, me: int,
+    experts: Tensor, num_experts: int, ranks: int, ranks_per_node: int, me: int, *,
     own_node: bool = False, relay_too: bool = False, each_rank: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     ib = nvlink = 0
