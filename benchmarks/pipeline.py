@@ -10,16 +10,17 @@ time a pair hides. Real processes over gloo, one thread each; all sides take the
                 cuts, messages and bookkeeping: all that the executor adds.
     throughput  tokens/s of two processes with one thread each (data parallel; pipelined) and of one with two threads.
     hidden      every all-to-all of two processes that share the experts arrives a known time after it left. Hidden is
-                what of that time had passed when its receiver first asked for it; in a pair another chunk is computed
-                meanwhile, in a chunk alone nothing is. On a busy machine time passes without computing, so the same is
-                also reckoned with the CPU seconds between leaving and asking.
+                what of that time had passed when its receiver first asked for it: in a pair another chunk is computed
+                meanwhile; alone, a backward computes its experts' weight gradients behind one of its two journeys.
+                On a busy machine time passes without computing, so the same is also reckoned with the CPU seconds
+                between leaving and asking. All layers are MoE here: a dense one has nothing to fill a gap with.
 
 A ratio is the median over rounds of the ratio within a round, of wall time (the slower rank's) and of CPU time (of both
 ranks), which other programs on the machine disturb less.
 
 Predicted before the first run: 1f1b 1.00 and dualpipev 0.95 of torch's step time (torch analyses the graph at every I);
 overhead 2 %; data parallel 1.25 and 1f1b 1.1 times the tokens/s of two threads (threads wait for each other at every
-small product; 1f1b's bubble is 1/9); hidden 98 % in pairs, 0 alone.
+small product; 1f1b's bubble is 1/9); hidden 98 % in pairs, 0 alone (a backward's weight gradients were forgotten).
 
     python benchmarks/pipeline.py [--rounds 7] [--write]
 """
@@ -27,12 +28,14 @@ small product; 1f1b's bubble is 1/9); hidden 98 % in pairs, 0 alone.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from _measure import record
 from _pipeline_sides import CONFIG, LENGTH, SEQUENCES, M, Ours, Replicas, Theirs, micro_batches
@@ -45,8 +48,9 @@ from dsv3_book.parallel.workers import Pool
 from dsv3_book.pipeline.executor import Pipeline, Watch
 from dsv3_book.pipeline.schedule import make_schedule
 
-DELAY = 0.01  # seconds
+DELAY = 0.005  # seconds
 Step = Callable[[], Any]
+Seconds = dict[str, list[tuple[float, float]]]
 
 
 # What the workers run ------------------------------------------------------------------------------------------------
@@ -70,24 +74,11 @@ class Asked(NamedTuple):
         return self.pending.wait()
 
 
-def steps(rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of every side's steps on this rank. The first round warms up and compares gradients."""
-    one, two, copies = Ours("1f1b"), Ours("dualpipev"), Replicas()
-    theirs = {
-        "torch 1f1b": Theirs(one, "1f1b"),
-        "torch dualpipev": Theirs(two, "dualpipev"),
-        "torch dualpipev, our W": Theirs(two, "dualpipev", deferred=True),
-    }
-    sides: dict[str, tuple[dict[str, Any], Step]] = {
-        "1f1b": (one.named, one.step),
-        "1f1b bare": (one.named, one.bare),
-        "dualpipev": (two.named, two.step),
-        "dualpipev bare": (two.named, two.bare),
-        **{name: (side.named, side.step) for name, side in theirs.items()},
-        "two processes, data parallel": (copies.named, copies.step),
-        "one process, two threads": (copies.named, copies.two_threads),
-    }
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+def in_turns(
+    sides: dict[str, tuple[dict[str, Any], Step]], rounds: int
+) -> tuple[Seconds, dict[str, dict[str, Tensor]]]:
+    """(wall, CPU) seconds of every side's steps on this rank, and what the warm-up round gave as gradients."""
+    seconds: Seconds = {name: [] for name in sides}
     gradients: dict[str, dict[str, Tensor]] = {}
     for number in range(rounds + 1):
         for name, (named, step) in sides.items():
@@ -101,12 +92,45 @@ def steps(rounds: int) -> dict[str, list[tuple[float, float]]]:
             seconds[name].append((time.perf_counter() - wall, cpu))
             if number == 0:
                 gradients[name] = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+    return {name: times[1:] for name, times in seconds.items()}, gradients
+
+
+def contest(rounds: int) -> Seconds:
+    """The executor, torch's schedules and the bare chunks."""
+    one, two, copies = Ours("1f1b"), Ours("dualpipev"), Replicas()
+    theirs = {
+        "torch 1f1b": Theirs(one, "1f1b"),
+        "torch dualpipev": Theirs(two, "dualpipev"),
+        "torch dualpipev, our W": Theirs(two, "dualpipev", deferred=True),
+    }
+    sides: dict[str, tuple[dict[str, Any], Step]] = {
+        "1f1b": (one.named, one.step),
+        "1f1b bare": (one.named, one.bare),
+        "dualpipev": (two.named, two.step),
+        "dualpipev bare": (two.named, two.bare),
+        **{name: (side.named, side.step) for name, side in theirs.items()},
+    }
+    _, whole = in_turns({"whole": (copies.named, copies.step)}, 0)
+    seconds, gradients = in_turns(sides, rounds)
     for name in ("1f1b", "dualpipev", *theirs):
         for n, g in gradients[name].items():
-            exact = gradients["two processes, data parallel"][n]
-            if (g - exact).norm() > 1e-5 * exact.norm():
+            if (g - whole["whole"][n]).norm() > 1e-5 * g.norm():
                 raise ValueError(f"{name}: the gradient of {n} differs from data parallel's")
-    return {name: times[1:] for name, times in seconds.items()}
+    return seconds
+
+
+def throughput(rounds: int) -> Seconds:
+    """Two processes with one thread each, and one with two."""
+    one, two, copies = Ours("1f1b"), Ours("dualpipev"), Replicas()
+    return in_turns(
+        {
+            "1f1b": (one.named, one.step),
+            "dualpipev": (two.named, two.step),
+            "data parallel": (copies.named, copies.step),
+            "two threads": (copies.named, copies.two_threads),
+        },
+        rounds,
+    )[0]
 
 
 def journeys(rounds: int) -> dict[str, Any]:
@@ -115,7 +139,8 @@ def journeys(rounds: int) -> dict[str, Any]:
     held = range(dist.get_rank() * each, (dist.get_rank() + 1) * each)
     transport = Clocked(delay=DELAY)
     dispatch = AllToAll(None, CONFIG.n_routed_experts, transport=transport)
-    pipeline = Pipeline(CONFIG, make_schedule("dualpipev", 1, M), dispatch=dispatch, experts=held)
+    moe = CONFIG.replace(first_k_dense_replace=0)
+    pipeline = Pipeline(moe, make_schedule("dualpipev", 1, M), dispatch=dispatch, experts=held)
     parts: dict[str, list[float]] = {}
     left: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for number in range(rounds + 1):
@@ -140,7 +165,7 @@ def journeys(rounds: int) -> dict[str, Any]:
 
 
 # The tables ----------------------------------------------------------------------------------------------------------
-def ratio(ranks: list[dict[str, list[tuple[float, float]]]], a: str, b: str) -> dict[str, float]:
+def ratio(ranks: list[Seconds], a: str, b: str) -> dict[str, float]:
     """Medians over rounds of side a's seconds over side b's: wall time of the slower rank, CPU time of all ranks."""
     rounds = range(len(ranks[0][a]))
     wall = lambda side, i: max(rank[side][i][0] for rank in ranks)
@@ -151,36 +176,44 @@ def ratio(ranks: list[dict[str, list[tuple[float, float]]]], a: str, b: str) -> 
     }
 
 
+def tokens_per_second(ranks: list[Seconds]) -> dict[str, float]:
+    """By the median step of the slower rank."""
+    tokens, rounds = M * SEQUENCES * LENGTH, range(len(next(iter(ranks[0].values()))))
+    return {s: tokens / statistics.median(max(r[s][i][0] for r in ranks) for i in rounds) for s in ranks[0]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="record as src/dsv3_book/results/pipeline.json")
     given = parser.parse_args()
-    with Pool(2, timeout=1800) as pool:
-        ranks = pool.run(steps, given.rounds)
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    with Pool(2, timeout=3600) as pool:
+        ranks = pool.run(contest, given.rounds)
         travelled = pool.run(journeys, max(1, given.rounds // 3))
+        threads = pool.run(throughput, max(1, given.rounds // 2))
 
-    tokens = M * SEQUENCES * LENGTH
-    medians = {s: statistics.median(max(r[s][i][0] for r in ranks) for i in range(given.rounds)) for s in ranks[0]}
-    print(f"{'':30}{'s / step':>9}{'tokens/s':>9}")
-    for side, seconds in medians.items():
-        print(f"{side:30}{seconds:9.3f}{tokens / seconds:9.0f}")
-    faster = min(("torch dualpipev", "torch dualpipev, our W"), key=medians.__getitem__)
+    rates, beside = tokens_per_second(ranks), ("torch dualpipev", "torch dualpipev, our W")
+    faster = max(beside, key=rates.__getitem__)
+    print(f"{'':28}tokens/s")
+    for side, rate in (rates | tokens_per_second(threads)).items():
+        print(f"{side:28}{rate:8.0f}")
     results: dict[str, Any] = {
         "sizes": {
             "hidden_size": CONFIG.hidden_size, "layers": CONFIG.num_hidden_layers, "micro_batches": M,
-            "tokens": tokens, "processes": 2,
+            "tokens": M * SEQUENCES * LENGTH, "processes": 2,
         },
-        "seconds": medians,
-        "tokens_per_second": {side: tokens / seconds for side, seconds in medians.items() if "bare" not in side},
+        "others_running": load,
         "contest": {"1f1b": ratio(ranks, "1f1b", "torch 1f1b"), "dualpipev": ratio(ranks, "dualpipev", faster)},
-        "contest_beside": {
-            side: ratio(ranks, "dualpipev", side) for side in ("torch dualpipev", "torch dualpipev, our W")
-        },
+        "contest_beside": {side: ratio(ranks, "dualpipev", side) for side in beside},
         "overhead": {side: ratio(ranks, side, f"{side} bare")["cpu"] - 1 for side in ("1f1b", "dualpipev")},
+        "tokens_per_second": rates,
         "threads": {
-            side: 1 / ratio(ranks, side, "one process, two threads")["wall"]
-            for side in ("1f1b", "dualpipev", "two processes, data parallel")
+            "tokens_per_second": tokens_per_second(threads),
+            "over_two_threads": {
+                side: 1 / ratio(threads, side, "two threads")["wall"] for side in ("1f1b", "dualpipev", "data parallel")
+            },
         },
         "hidden": {
             "delay": DELAY,
@@ -200,7 +233,7 @@ def main() -> int:
         print(f"\n{name}: {both['wall']:.3f} of torch's step time ({both['cpu']:.3f} of its CPU time); "
               f"{extra:+.1%} CPU over the bare chunks")  # fmt: skip
     print("\ntokens/s over one process with two threads:")
-    for side, times in results["threads"].items():
+    for side, times in results["threads"]["over_two_threads"].items():
         print(f"  {side:28}{times:5.2f}")
     for name in ("in pairs", "alone"):
         found = results["hidden"][name]
