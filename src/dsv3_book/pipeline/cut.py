@@ -15,11 +15,14 @@ Tensors = tuple[Tensor | None, ...]
 
 
 class Cut:
-    """`fn`, run on copies of its inputs that have no past; its outputs are given away without their graph.
+    """`fn`, run on copies of its inputs that have no past; its outputs are
+    given away without their graph.
 
-    `forward(*inputs)` gives the outputs. `backward(*gradients)`, one for each output, runs this piece's backward alone:
-    it adds to the gradients of the parameters inside, returns those of the inputs, and frees what was kept. Of the
-    outputs only their place in the graph is remembered, so their memory is their user's business.
+    `forward(*inputs)` gives the outputs. `backward(*gradients)`, one for each
+    output, runs this piece's backward alone: it adds to the gradients of the
+    parameters inside, returns those of the inputs, and frees what was kept. Of
+    the outputs only their place in the graph is remembered, so their memory is
+    their user's business.
     """
 
     def __init__(self, fn: Callable[..., Tensors], ledger: Entry | None = None) -> None:

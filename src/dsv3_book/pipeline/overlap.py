@@ -73,8 +73,9 @@ class Run:
 def overlapped(forward: Run, backward: Run) -> tuple[Tensor | None, Tensor | None]:
     """Runs both, layer by layer in `ORDER`; gives their results.
 
-    A part that is not in the order (embedding, head, the end of a combine) is done as soon as its turn in its own chunk
-    has come. When one of the two has no layers left, the other goes on alone.
+    A part that is not in the order (embedding, head, the end of a combine)
+    is done as soon as its turn in its own chunk has come. When one of the two
+    has no layers left, the other goes on alone.
     """
     runs = {"F": forward, "B": backward}
     while forward.next and backward.next:
