@@ -22,6 +22,19 @@ def add_up(value: float) -> float:
     return total.item()
 
 
+def config(value: float) -> float:
+    return dist.get_world_size() * value
+
+
+def test_a_function_may_use_a_name_that_a_torch_module_has(pool) -> None:
+    """`dist` and `config` look to cloudpickle like torch.distributed.config, which it can't copy."""
+
+    def f() -> float:
+        return dist.get_rank() + config(2)
+
+    assert pool(2).run(f) == [4, 5]
+
+
 def fail_on_one() -> None:
     if dist.get_rank() == 1:
         raise ValueError("a mistake on purpose")

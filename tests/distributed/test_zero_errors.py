@@ -70,6 +70,14 @@ def test_settings_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="in two kinds"):
         ZeRO1([Kind([(name, p)], None) for name in "ab"], None, lr=0.1)
     optimizer = made()
+    for _, p in optimizer.shards.named():
+        p.grad = torch.ones(2)
+    optimizer.reduce()
+    with pytest.raises(RuntimeError, match="summed already"):
+        optimizer.reduce()
+    with pytest.raises(ValueError, match="max_norm must be positive, got nan"):
+        optimizer.clip(float("nan"))
+    optimizer.zero_grad()
     state = optimizer.tensors()
     with pytest.raises(ValueError, match=r"the optimiser's a\.exp_avg is missing"):
         optimizer.load({name: value for name, value in state.items() if name != "a.exp_avg"})

@@ -124,3 +124,9 @@ def test_bad_input() -> None:
             EMA({}, decay)
     with pytest.raises(ValueError, match=r"but w is torch\.bfloat16"):
         EMA({"w": torch.zeros(2, dtype=torch.bfloat16)})
+
+
+def test_a_rank_without_any_weight() -> None:
+    ema = EMA({})
+    ema.update()
+    assert ema.tensors() == {}

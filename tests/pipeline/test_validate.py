@@ -102,6 +102,12 @@ def test_a_mistake_is_explained(right: str, wrong: str, sentences: list[str] | N
         assert all(sentence in str(error.value) for sentence in sentences)
 
 
+def test_a_number_far_too_large_is_told_at_once() -> None:
+    assert validate(Schedule.from_text("F0.0 F99999999.0 B0.0")) == [
+        "100000000 stages and 1 micro-batches in 3 actions can't be: are both counted from 0, by ones?"
+    ]
+
+
 def test_numbers_that_dont_exist() -> None:
     good = Schedule.from_text(GOOD)
     assert validate(replace(good, num_microbatches=2)) == [

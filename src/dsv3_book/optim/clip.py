@@ -43,7 +43,7 @@ def clip_by_global_norm(parts: Iterable[Part], max_norm: float) -> Float[Tensor,
 
     Infinite and NaN norms come back as they are, and the gradients are then left alone: it is the caller who stops.
     """
-    if max_norm <= 0:
+    if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     parts = list(parts)
     norm = global_norm(parts)

@@ -129,5 +129,7 @@ class EMA:
     def _follow(self, events: list[Any]) -> None:
         for event in events:
             event.synchronize()
+        if not self.average:  # this rank has no part of any weight
+            return
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.kept.values()), 1 - self.decay)

@@ -100,7 +100,14 @@ class ZeRO1:
         """Sums the gradients over every kind's group. With ZeRO each `.grad` is dropped once it is sent.
 
         A parameter that got no gradient counts as zero, here and in AdamW; a kind without any is an error.
+
+        Raises:
+            RuntimeError: the last sums have not been used: the new ones would take their place.
         """
+        if self.reduced is not None:
+            raise RuntimeError(
+                "the gradients are summed already: call step(), or zero_grad() to drop them, before reduce()"
+            )
         self.reduced = self.shards.reduce(forget=self.zero)
 
     def clip(self, max_norm: float) -> Float[Tensor, ""]:

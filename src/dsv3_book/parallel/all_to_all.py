@@ -105,7 +105,7 @@ def wire_of(group: dist.ProcessGroup | None, ranks_per_node: int, transport: Tra
 
 def experts_each(num_experts: int, ranks: int) -> int:
     """How many experts each rank holds."""
-    if num_experts % ranks:
+    if num_experts < 1 or num_experts % ranks:
         raise ValueError(f"{num_experts} experts don't divide among {ranks} ranks: choose another ep")
     return num_experts // ranks
 

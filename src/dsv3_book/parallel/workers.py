@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import io
 import multiprocessing as mp
 import os
@@ -23,6 +24,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
+from types import ModuleType
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -71,7 +73,7 @@ class Pool:
         try:
             if not self.processes:
                 self._start()
-            job = cloudpickle.dumps((function, args, kwargs))
+            job = _by_value((function, args, kwargs))
             for pipe in self.pipes:
                 with contextlib.suppress(OSError):  # a dead one: reported below
                     pipe.send_bytes(job)
@@ -158,6 +160,21 @@ class Pool:
         log = Path(self.folder.name) / f"{rank}.log"
         text = log.read_text(encoding="utf-8", errors="replace")[-4000:].strip() if log.exists() else ""
         return f"\nrank {rank} last wrote:\n{text}" if text else ""
+
+
+class _Pickler(cloudpickle.Pickler):
+    """cloudpickle's, which takes along every module that a function might mean; torch has some that can't be copied."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)
+        return super().reducer_override(obj)
+
+
+def _by_value(obj: Any) -> bytes:
+    with io.BytesIO() as file:
+        _Pickler(file).dump(obj)
+        return file.getvalue()
 
 
 def _serve(pipe: Connection, rank: int, size: int, threads: int, timeout: float, folder: str, path: list[str]) -> None:

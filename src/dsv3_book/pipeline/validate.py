@@ -59,6 +59,8 @@ def _form(schedule: Schedule) -> Iterable[str]:
     for name, number in (("ranks", schedule.num_ranks), ("stages", S), ("micro-batches", M)):
         if number < 1:
             yield f"The schedule says that it has {number} {name}; there must be at least one."
+    if max(S, M) > (total := sum(map(len, schedule.actions)) * 2):
+        yield f"{S} stages and {M} micro-batches in {total // 2} actions can't be: are both counted from 0, by ones?"
     if len(schedule.actions) != schedule.num_ranks:
         yield f"There are {len(schedule.actions)} lists of actions for {schedule.num_ranks} ranks; each rank needs one."
     for rank, mine in enumerate(schedule.actions):
