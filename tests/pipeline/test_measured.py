@@ -9,8 +9,8 @@ from dsv3_book.pipeline.measured import measured_pairs
 from dsv3_book.pipeline.overlap import Event
 
 
-def message(journey: str, part: str, issued: float) -> Message:
-    return Message(Label(journey, part), 8, issued)
+def message(journey: str, part: str, issued: float, waited_until: float = float("nan")) -> Message:
+    return Message(Label(journey, part), 8, issued, wait_ended=waited_until)
 
 
 def test_pairs_are_cut_apart_and_their_messages_found() -> None:
@@ -26,7 +26,7 @@ def test_pairs_are_cut_apart_and_their_messages_found() -> None:
     messages = [
         message("dispatch F", "rows", 0.5),  # of a chunk alone
         message("combine B", "counts", 2.0),
-        message("combine B", "rows", 2.05),
+        message("combine B", "rows", 2.05, waited_until=3.2),
         message("combine F", "rows", 6.9),
     ]
     first, second = measured_pairs(events, messages, delay=0.5)
@@ -34,6 +34,7 @@ def test_pairs_are_cut_apart_and_their_messages_found() -> None:
     assert first.parts[0].start == pytest.approx(50)  # ms from the pair's start
     assert first.communication == pytest.approx(500)
     assert first.hidden == pytest.approx(450)  # from 2.1 on
+    assert first.parts[2].start == pytest.approx(1200)  # mlp(B) waited for its rows until 3.2
     assert [(p.name, p.layer) for p in second.parts][-2:] == [("attention(F)", 1), ("combine(F)", 0)]
     picture = draw_pair({"one": first, "other": second}, caption="Two pairs.")
     assert "500 communicating, of which 450 lie under computation" in picture.alt

@@ -35,9 +35,10 @@ def measured_pairs(events: Sequence[Event], messages: Sequence[Message], delay: 
     streams = []
     for pair in _by_pair(events):
         begin, end = min(event.start for event in pair), max(event.end for event in pair)
+        at_work = working(pair, messages)
         parts = [
             (COMPUTED[event.kind, event.part], event.start, event.end)
-            for event in pair
+            for event in at_work
             if (event.kind, event.part) in COMPUTED
         ]
         parts += [
@@ -47,6 +48,15 @@ def measured_pairs(events: Sequence[Event], messages: Sequence[Message], delay: 
         ]
         streams.append(Streams(_numbered(parts, begin)))
     return streams
+
+
+def working(events: Sequence[Event], messages: Sequence[Message]) -> list[Event]:
+    """The same parts, begun when the last wait inside each was over: a recorded part begins with waiting for what it
+    needs, and that is not work."""
+    over = [message.wait_ended for message in messages if message.label.part != "counts"]
+    return [
+        event._replace(start=max([event.start, *(t for t in over if event.start < t < event.end)])) for event in events
+    ]
 
 
 def _by_pair(events: Iterable[Event]) -> list[list[Event]]:
