@@ -38,21 +38,35 @@ class Ours:
         self.pipeline.step(self.batches)
 
     def bare(self) -> None:
-        """Forward and backward of all chunks of this rank, from made-up inputs and output gradients."""
-        for model in self.pipeline.stages.values():
-            for tokens in self.batches:
-                _bare(model, tokens, self.dy)  # type: ignore[arg-type]
+        """This rank's actions in their order, each a plain forward or backward, from made-up inputs and gradients."""
+        pipeline, kept = self.pipeline, {}
+        for action in pipeline.schedule.actions[pipeline.rank]:
+            for part in action.parts:
+                key = part.stage, part.microbatch
+                if part.kind == "F":
+                    model = pipeline.stages[str(part.stage)]
+                    kept[key] = _forward(model, self.batches[part.microbatch], self.dy), WeightGradients()  # type: ignore[arg-type]
+                elif part.kind == "W":
+                    kept.pop(key)[1].run()
+                elif part.kind == "I":
+                    outputs, store = kept[key]
+                    kept[key] = [], store
+                    with store:
+                        torch.autograd.backward(*outputs)
+                else:
+                    torch.autograd.backward(*kept.pop(key)[0])
 
 
-def _bare(model: Transformer, tokens: Tensor, dy: Tensor) -> None:
+def _forward(model: Transformer, tokens: Tensor, dy: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """A chunk's outputs, and the gradients that backward starts from."""
     x = model.embed(tokens[:, :-1]) if model.part.embed else torch.randn_like(dy).requires_grad_()
     y, routings = model.run_blocks(x)
+    one = torch.ones(()) / M
     if model.part.head:
         losses = model.head_losses(y, tokens, routings)
-        ((losses.main + losses.balance) / M).backward()
-    else:
-        balance = [_balance(scores.scores) for scores in routings]
-        torch.autograd.backward([y, *balance], [dy, *(torch.ones(()) / M for _ in balance)])
+        return [losses.main + losses.balance], [one]
+    balance = [_balance(routing.scores) for routing in routings]
+    return [y, *balance], [dy, *(one for _ in balance)]
 
 
 def _balance(scores: Tensor) -> Tensor:
