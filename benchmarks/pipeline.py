@@ -7,7 +7,8 @@ time a pair hides. Real processes over gloo, one thread each; all sides take the
                 work twice; so ScheduleDualPipeV also runs with our deferred weight gradients, through its `dw_builder`,
                 and the ratio is to the faster of the two.
     overhead    CPU seconds of a step over those of the same actions in the same order, each a plain forward or
-                backward, without cuts, pairs, messages and bookkeeping: all that the executor adds.
+                backward, without cuts, pairs, messages and bookkeeping: all that the executor adds. On one process,
+                which has no messages, and on two, where a process that waited finds its caches cold besides.
     throughput  tokens/s of two processes with one thread each (data parallel; pipelined) and of one with two threads.
     hidden      every all-to-all of two processes that share the experts arrives a known time after it left. Hidden is
                 what of that time had passed when its receiver first asked for it: in a pair another chunk is computed
@@ -15,8 +16,9 @@ time a pair hides. Real processes over gloo, one thread each; all sides take the
                 On a busy machine time passes without computing, so the same is also reckoned with the CPU seconds
                 between leaving and asking. All layers are MoE here: a dense one has nothing to fill a gap with.
 
-Each part takes its sides' steps in turns, every round in another order. A ratio is the median over rounds of the ratio within a round, of wall time (the slower rank's) and of CPU time (of both
-ranks), which other programs on the machine disturb less.
+Each part takes its sides' steps in turns, every round in another order. A ratio is the median over rounds of the ratio
+within a round, of wall time (the slower rank's) and of CPU time (of both ranks), which other programs on the machine
+disturb less.
 
 Predicted before the first run: 1f1b 1.00 and dualpipev 0.95 of torch's step time (torch analyses the graph at every I);
 overhead 2 %; data parallel 1.25 and 1f1b 1.1 times the tokens/s of two threads (threads wait for each other at every
@@ -199,16 +201,18 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
+    with Pool(1, timeout=3600) as pool:
+        beside_bare = {"one process": pool.run(overhead, given.rounds)}
     with Pool(2, timeout=3600) as pool:
         ranks = pool.run(contest, given.rounds)
-        beside_bare = pool.run(overhead, given.rounds)
+        beside_bare["two processes"] = pool.run(overhead, given.rounds)
         travelled = pool.run(journeys, max(1, given.rounds // 3))
         threads = pool.run(throughput, max(1, given.rounds // 2))
 
     rates, beside = tokens_per_second(ranks), ("torch dualpipev", "torch dualpipev, our W")
     faster = max(beside, key=rates.__getitem__)
     print(f"{'':28}tokens/s")
-    for part in (ranks, beside_bare, threads):
+    for part in (ranks, *beside_bare.values(), threads):
         for side, rate in tokens_per_second(part).items():
             print(f"{side:28}{rate:8.0f}")
     results: dict[str, Any] = {
@@ -219,7 +223,10 @@ def main() -> int:
         "others_running": load,
         "contest": {"1f1b": ratio(ranks, "1f1b", "torch 1f1b"), "dualpipev": ratio(ranks, "dualpipev", faster)},
         "contest_beside": {side: ratio(ranks, "dualpipev", side) for side in beside},
-        "overhead": {side: ratio(beside_bare, side, f"{side} bare")["cpu"] - 1 for side in ("1f1b", "dualpipev")},
+        "overhead": {
+            processes: {side: ratio(found, side, f"{side} bare")["cpu"] - 1 for side in ("1f1b", "dualpipev")}
+            for processes, found in beside_bare.items()
+        },
         "tokens_per_second": rates,
         "threads": {
             "tokens_per_second": tokens_per_second(threads),
@@ -241,9 +248,10 @@ def main() -> int:
         },
     }  # fmt: skip
     for name in ("1f1b", "dualpipev"):
-        both, extra = results["contest"][name], results["overhead"][name]
-        print(f"\n{name}: {both['wall']:.3f} of torch's step time ({both['cpu']:.3f} of its CPU time); "
-              f"{extra:+.1%} CPU over the bare actions")  # fmt: skip
+        both = results["contest"][name]
+        extra = ", ".join(f"{found[name]:+.1%} on {processes}" for processes, found in results["overhead"].items())
+        print(f"\n{name}: {both['wall']:.3f} of torch's step time ({both['cpu']:.3f} of its CPU time);"
+              f" CPU over the bare actions {extra}")  # fmt: skip
     print("\ntokens/s over one process with two threads:")
     for side, times in results["threads"]["over_two_threads"].items():
         print(f"  {side:28}{times:5.2f}")
