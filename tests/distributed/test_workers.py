@@ -81,6 +81,7 @@ def test_a_failure_is_told_and_the_pool_goes_on(pool) -> None:
         WorkerError, match=r"rank 0 died \(exit code 3\)\n(.|\n)*the last words(.|\n)*rank 1 then failed"
     ):
         pool(2).run(die)
+    assert pool(2).run(add_up, 2.0) == [6.0, 6.0]  # so that the new ones have imported all that they need
     with pytest.raises(WorkerError, match=r"no answer within 1 s from rank 1\n(.|\n)*in sleep_on_one"):
         pool(2).run(sleep_on_one, timeout=1)
     with pytest.raises(WorkerError, match=r"failed:(.|\n)*cannot pickle"):
