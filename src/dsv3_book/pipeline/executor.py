@@ -50,6 +50,8 @@ class Pipeline(nn.Module):
         opposite: over NCCL, a second group of the same processes: see `Transfers`.
         timeout: how long to wait for another rank before giving up.
 
+    `waited` is how many seconds this rank stood still for others in the last step: its bubble, as it really was.
+
     Raises:
         ValueError: the schedule is wrong or for another number of ranks; the layers don't fit the stages or the model.
     """
@@ -72,6 +74,7 @@ class Pipeline(nn.Module):
         super().__init__()
         check(schedule)
         self.cfg, self.schedule, self.group, self.opposite, self.timeout = cfg, schedule, group, opposite, timeout
+        self.seed, self.waited = seed, 0.0
         size = dist.get_world_size(group) if dist.is_initialized() else 1
         if schedule.num_ranks > 1 and size != schedule.num_ranks:
             raise ValueError(f"the schedule is for {schedule.num_ranks} ranks, the group has {size} processes")
@@ -95,8 +98,26 @@ class Pipeline(nn.Module):
         if len(ends) == 2 and hasattr(ends[1], "embed_tokens"):
             ends[1].embed_tokens = ends[0].embed_tokens
         self.chunks: dict[tuple[int, int], Chunk] = {}
-        self.checksum = checksum((schedule.actions, self.layers, cfg, seed))
         self.failed = False
+        self.checksum = self._checksum()
+
+    def follow(self, schedule: Schedule) -> None:
+        """From the next step on, this schedule: of the same stages, and as a rule another number of micro-batches.
+
+        Raises:
+            ValueError: it is wrong, or gives some rank other stages.
+        """
+        check(schedule)
+        stages = [[plan.stages(rank) for rank in range(plan.num_ranks)] for plan in (self.schedule, schedule)]
+        if stages[0] != stages[1]:
+            raise ValueError(
+                f"{schedule.name} gives the ranks the stages {stages[1]}, but this pipeline was built for {stages[0]}"
+            )
+        self.schedule = schedule
+        self.checksum = self._checksum()
+
+    def _checksum(self) -> int:
+        return checksum((self.schedule.actions, self.layers, self.cfg, self.seed))
 
     # Who holds what ----------------------------------------------------------------------------------------------
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
@@ -176,6 +197,7 @@ class Pipeline(nn.Module):
             self.transfers.finish()
             if sum_copies:
                 self._sum_copies()
+            self.waited = self.transfers.waited
             losses = self._summed(len(micro_batches))
         except Exception as error:
             raise PipelineError(f"rank {self.rank}, after its last action: {error}") from error

@@ -206,6 +206,19 @@ def make_schedule(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
     return Schedule(name, P, M, 2 * P if name == "dualpipev" else P, actions)
 
 
+def forwards(schedule: Schedule, num_microbatches: int) -> Schedule:
+    """The forwards alone of any number of micro-batches, each stage where `schedule` has it for micro-batch 0.
+
+    Every rank takes its chunks by stage + micro-batch, the time at which an endless line of one-way micro-batches would
+    come by; sorted so on all ranks, what a chunk waits for is always earlier in its maker's list.
+    """
+    actions: list[list[Action | Pair]] = [[] for _ in range(schedule.num_ranks)]
+    chunks = [(stage, m) for stage in range(schedule.num_stages) for m in range(num_microbatches)]
+    for stage, m in sorted(chunks, key=lambda chunk: (sum(chunk), chunk)):
+        actions[schedule.where("F", stage, 0)[0]].append(Action("F", stage, m))
+    return Schedule(f"{schedule.name}, forwards", schedule.num_ranks, num_microbatches, schedule.num_stages, actions)
+
+
 def spell(words: Iterable[str], lanes: Sequence[tuple[int, Sequence[int]]]) -> list[Action | Pair]:
     """Words of :mod:`~dsv3_book.pipeline.orders` to actions: each lane's micro-batches in order, W first in, first out.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from datetime import timedelta
 from typing import Any
@@ -46,6 +47,7 @@ class Transfers:
                 self.expected[source] = deque(mine)
         self.arriving: dict[tuple[str, int, int], tuple[Any, Tensor]] = {}
         self.leaving: list[tuple[Any, Tensor]] = []
+        self.waited = 0.0  # seconds in which this rank stood still for others (on a GPU: its CPU did)
         for source in self.expected:
             for _ in range(AHEAD):
                 self._expect(source)
@@ -101,10 +103,12 @@ class Transfers:
 
     def _wait(self, work: dist.Work) -> None:
         """Over NCCL a wait with a timeout would stop the CPU; there the group itself ends what takes too long."""
+        began = time.perf_counter()
         if self.nccl:
             work.wait()
         else:
             work.wait(self.timeout)
+        self.waited += time.perf_counter() - began
 
 
 def _what(transfer: Transfer) -> str:
