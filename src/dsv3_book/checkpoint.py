@@ -2,91 +2,161 @@
 
     RUN/checkpoints/step-00000200/    .metadata and *.distcp (torch.distributed.checkpoint), state.json
     RUN/checkpoints/.saving-…         one being written; it gets its name, by a rename, when every byte is on disk
+    RUN/checkpoints/.old-…            one that makes room for another of the same step, for the moment of that rename
 
 There is no "latest" pointer that could disagree with the folders: the latest is the one with the highest step.
 `state.json` holds everything that is not a tensor, and the size and SHA-256 of every other file.
 
-**Whose files.** Run folders are for your own machine: torch.distributed.checkpoint keeps its table of contents
-(`.metadata`) as a pickle, and a pickle can run code when it is read. We read it with an unpickler that knows nothing
-but that table's own classes, and the tensors with `weights_only`, so a foreign folder is refused rather than run; to
-hand weights to somebody, use `interop.save_pretrained` (safetensors) all the same.
+Every rank gives the boxes that it holds, of whatever tensors (`slab.py`), and writes its share of them into one file;
+loading fills boxes cut in any other way. Plans, files and table of contents are torch.distributed.checkpoint's; the
+conversation between the ranks is ours (`parallel/together.py`), because its own loses on the way why a write failed.
+
+Run folders are for your own machine (see `careful.py`); to hand weights to somebody, use `export` (safetensors).
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
-import os
-import pickle
+import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 
+from dsv3_book.careful import CheckpointError, Reader
+from dsv3_book.disk import facts_of, sha256, sync, why, write_text
 from dsv3_book.parallel import DataParallel
+from dsv3_book.parallel.together import Failed, together
+from dsv3_book.slab import Place, Reading, Slab, Value, Writing, boxes_of, uncovered
 
-FORMAT = 1
+__all__ = ["CheckpointError", "SaveError", "Slab", "check", "found", "latest", "load", "names", "save"]
+
+FORMAT = 2  # 1: moments in their parameters' shape; no boxes
 STATE = "state.json"
+_FOLDER = re.compile(r"(\.old-)?step-(\d+)")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and what to do."""
+class SaveError(OSError):
+    """A checkpoint that could not be saved. Says which rank failed where, why, and what to do; the same on all ranks.
+
+    The checkpoints before it are as they were, and a later save can succeed.
+    """
 
 
+# Saving --------------------------------------------------------------------------------------------------------------
 def save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Value] | Callable[[], Mapping[str, Value]],
     state: Mapping[str, Any],
     parallel: DataParallel,
     keep: int = 2,
 ) -> Path:
-    """Writes checkpoint `step` under `folder`, from all processes at once, and deletes all but the newest `keep`.
+    """Writes checkpoint `step` under `folder`, from all processes at once, and keeps the newest `keep` up to this one.
 
-    tensors: by name; those that several processes hold alike are written once.  state: JSON-able, the same everywhere.
+    tensors: by name, whole ones and boxes; those that several processes hold alike are written once. Or a function that
+        gives them.  state: JSON-able, the same everywhere.
     A crash at any moment leaves the checkpoints before it as they were.
+
+    Raises:
+        SaveError: a rank cannot write its part, or the boxes of all ranks don't make up whole tensors; on every rank.
     """
     place, work = folder / name_of(step), folder / f".saving-{name_of(step)}"
+    planner, writer = Writing(), FileSystemWriter(work, per_thread_copy_ahead=0)
+    tables: list[Metadata] = []
 
-    def begin() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*-step-*"):
-            shutil.rmtree(leftover)
-        work.mkdir()
+    def plan() -> SavePlan:
+        if parallel.rank == 0:
+            _begin(folder, work)
+        planner.set_up_planner(tensors() if callable(tensors) else tensors)
+        return planner.create_local_plan()
 
-    def finish() -> None:
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(work.iterdir())}
-        _write(work / STATE, json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1))
-        if place.exists():  # an unusable one of the same step: what replaces it is complete
-            os.rename(place, folder / f".old-{place.name}")
-        os.rename(work, place)
-        _sync(folder)
-        for old in [*folder.glob(".old-*"), *(path for _, path in found(folder)[keep:])]:
-            shutil.rmtree(old)
+    def divide(plans: list[SavePlan]) -> list[SavePlan]:
+        shares, table = planner.create_global_plan(plans)
+        tables.append(table)
+        return writer.prepare_global_plan(shares)
 
-    parallel.first(begin)
-    with _quiet():
-        dcp.save(
-            dict(tensors),
-            storage_writer=dcp.FileSystemWriter(work),
-            process_group=parallel.group,
-            no_dist=parallel.size == 1,
+    def write() -> tuple[list[Any], dict[str, Any]]:
+        results = writer.write_data(share, planner).wait() if share.items else []
+        return results, {name: facts_of(work / name) for name in {r.storage_data.relative_path for r in results}}
+
+    def finish(written: list[tuple[list[Any], dict[str, Any]]]) -> list[None]:
+        files = {name: facts for _, wrote in written for name, facts in sorted(wrote.items())}
+        for name, facts in files.items():
+            if not (work / name).is_file() or (work / name).stat().st_size != facts["bytes"]:
+                raise FileNotFoundError(errno.ENOENT, "rank 0 does not see what another rank wrote", work / name)
+        writer.finish(tables[0], [results for results, _ in written])
+        files[".metadata"] = facts_of(work / ".metadata")
+        write_text(work / STATE, json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1))
+        _commit(work, place)
+        past = [path for number, path in found(folder) if number <= step]  # later ones: damaged, or from before a fall
+        for old in [*folder.glob(".old-*"), *past[keep:]]:
+            _discard(old)
+        return [None] * parallel.size
+
+    mine = work / f"__{parallel.rank}_0.distcp"
+    try:
+        share: SavePlan = together(
+            f"planning the checkpoint of step {step}", parallel, plan, divide, lambda e: why(e, folder)
         )
-    parallel.first(finish)
+        together(f"writing the checkpoint of step {step}", parallel, write, finish, lambda e: why(e, mine))
+    except RuntimeError as error:  # of a rank's part (Failed), or of the conversation
+        if parallel.rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
+        reason = _text(error, parallel)
+        raise SaveError(f"the checkpoint of step {step} was not saved: {reason}. Earlier ones are untouched") from error
     return place
 
 
+def _begin(folder: Path, work: Path) -> None:
+    """Puts right what a crash left behind, and makes the folder to write to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(".old-step-*"):
+        if not (folder / old.name.removeprefix(".old-")).exists():
+            old.rename(folder / old.name.removeprefix(".old-"))
+    for leftover in folder.glob(".*-step-*"):
+        shutil.rmtree(leftover)
+    work.mkdir()
+
+
+def _commit(work: Path, place: Path) -> None:
+    """The moment before which there is no checkpoint, and after which there is."""
+    sync(work)
+    if place.exists():  # one of the same step: what replaces it is complete
+        place.rename(place.parent / f".old-{place.name}")
+    work.rename(place)
+    sync(place.parent)
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint, which is none from the first moment on; what can't be removed is left to the next save."""
+    gone = path.parent / f".gone-{path.name.removeprefix('.old-')}"
+    try:
+        path.rename(gone)
+    except OSError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _text(error: RuntimeError, parallel: DataParallel) -> str:
+    """An error's words; with one process, without its number."""
+    return error.failures[0].text if isinstance(error, Failed) and parallel.size == 1 else str(error)
+
+
+# Finding -------------------------------------------------------------------------------------------------------------
 def found(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints under `folder`, newest first."""
-    paths = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()] if folder.is_dir() else []
-    return sorted(((int(p.name[5:]), p) for p in paths), reverse=True)
+    paths = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+    steps: dict[int, Path] = {}
+    for name, path in sorted(paths.items(), reverse=True):  # "step-…" before ".old-step-…"
+        if (match := _FOLDER.fullmatch(name)) and path.is_dir():
+            steps.setdefault(int(match[2]), path)
+    return sorted(steps.items(), reverse=True)
 
 
 def latest(folder: Path, say: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
@@ -119,16 +189,22 @@ def check(path: Path) -> dict[str, Any]:
     """The state of the checkpoint at `path`, once every file is seen to have the size and SHA-256 it was saved with.
 
     Raises:
-        CheckpointError: a file is missing, cut short or altered, naming it.
+        CheckpointError: a file is missing, cut short or altered, naming it; or it is of another version's format.
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {state['format']}, this version of dsv3_book reads {FORMAT}")
+        if (given := state["format"]) != FORMAT:
+            age = "an older" if given < FORMAT else "a newer"
+            raise CheckpointError(
+                f"{path} has format {given}, of {age} version of dsv3_book, and this one reads {FORMAT}: go on with "
+                "that version, or name another --out"
+            )
         files = dict(state["files"])
     except FileNotFoundError:
         raise CheckpointError(f"{path / STATE} is missing: the checkpoint is not complete") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path / STATE} is damaged: it is not the JSON that was saved") from None
     for name, known in files.items():
         file = path / name
@@ -141,41 +217,63 @@ def check(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, tensors: Mapping[str, Tensor], parallel: DataParallel | None = None) -> None:
-    """Fills `tensors` in place from the checkpoint at `path` (which `check` has passed).
+# Loading -------------------------------------------------------------------------------------------------------------
+def load(path: Path, tensors: Mapping[str, Value], parallel: DataParallel | None = None) -> None:
+    """Fills `tensors`, whole ones and boxes, in place from the checkpoint at `path` (which `check` has passed).
 
-    Raises:
-        CheckpointError: a name the checkpoint lacks, or a tensor of another shape or dtype, listing them. (torch would
-            convert silently.)
+    Raises, on all processes if on one:
+        CheckpointError: a name the checkpoint lacks, a tensor of another shape or dtype, or a part that no file holds,
+            listing them. (torch would convert dtypes, and leave gaps, silently.)
     """
     parallel = parallel or DataParallel()
-    reader = _Reader(path)
-    known = reader.table()
-    missing = sorted(set(tensors) - set(known))
-    shapes = [
-        f"{name} {tuple(known[name].size)} (here {tuple(t.shape)})"
-        for name, t in tensors.items()
-        if name in known and tuple(known[name].size) != tuple(t.shape)
-    ]
-    types = [
-        f"{name} {known[name].properties.dtype} (here {t.dtype})"
-        for name, t in tensors.items()
-        if name in known and known[name].properties.dtype != t.dtype
-    ]
-    if missing or shapes or types:
+
+    def read() -> None:
+        reader, planner = Reader(path), Reading()
+        table = reader.read_metadata()
+        planner.set_up_planner(tensors, table)
+        require_fit(path, reader.table(), tensors, planner.boxes)
+        reader.set_up_storage_reader(table, is_coordinator=False)
+        reader.read_data(planner.create_local_plan(), planner).wait()
+
+    try:
+        together(f"loading {path}", parallel, read, lambda done: done, _reason)
+    except RuntimeError as error:
+        raise CheckpointError(_text(error, parallel)) from error
+
+
+def require_fit(
+    path: Path, known: Mapping[str, TensorStorageMetadata], values: Mapping[str, Value], boxes: Mapping[Place, Slab]
+) -> None:
+    """Raises CheckpointError if the file can't fill all `boxes` of `values`."""
+    missing = sorted(set(values) - set(known))
+    shapes, types, gaps = {}, {}, {}
+    for (name, _), slab in boxes.items():
+        if name not in known:
+            continue
+        size, dtype = tuple(known[name].size), known[name].properties.dtype
+        if size != tuple(slab.shape):
+            shapes[name] = f"{name} {size} (here {tuple(slab.shape)})"
+        elif dtype != slab.tensor.dtype:
+            types[name] = f"{name} {dtype} (here {slab.tensor.dtype})"
+        elif left := uncovered(slab.box, boxes_of(known[name])):
+            gaps[name] = f"{name} {left[0]}"
+    if missing or shapes or types or gaps:
         raise CheckpointError(
-            f"{path} does not fit: missing {missing or 'nothing'}; other shapes: {shapes or 'none'}; other dtypes: "
-            f"{types or 'none'}"
+            f"{path} does not fit: missing {missing or 'nothing'}; other shapes: {list(shapes.values()) or 'none'}; "
+            f"other dtypes: {list(types.values()) or 'none'}; parts that no file holds: {list(gaps.values()) or 'none'}"
         )
-    with _quiet():
-        dcp.load(dict(tensors), storage_reader=reader, process_group=parallel.group, no_dist=parallel.size == 1)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def names(path: Path) -> set[str]:
     """Names of the tensors in the checkpoint at `path`."""
-    return set(_Reader(path).table())
+    return set(Reader(path).table())
 
 
+# Files ---------------------------------------------------------------------------------------------------------------
 def name_of(step: int) -> str:
     """The folder's name of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
@@ -191,72 +289,3 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         elif a != b:
             lines.append(f"{prefix}{key}: {a} → {b}")
     return lines
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes of a checkpoint's table of contents, and no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        table = module == "torch.distributed.checkpoint.metadata"
-        storage = (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-        layout = (module, name) == ("torch.serialization", "_get_layout")
-        path = module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")
-        value = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        if (table and "." not in name) or storage or layout or path or value:
-            return super().find_class(module, name)
-        raise CheckpointError(f"the checkpoint's .metadata names {module}.{name}, which has no place there: refused")
-
-
-class _Reader(dcp.FileSystemReader):
-    """torch's reader with the careful unpickler; refuses entries that are not tensors, which torch would unpickle."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        file = Path(self.path) / ".metadata"
-        try:
-            with file.open("rb") as stream:
-                metadata = _Unpickler(stream).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{file} is damaged ({error})") from None
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{file} holds no checkpoint's table of contents")
-        strange = [k for k, v in metadata.state_dict_metadata.items() if not isinstance(v, TensorStorageMetadata)]
-        if strange:
-            raise CheckpointError(f"{file} lists entries that are not tensors: {strange[:5]}")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def table(self) -> dict[str, TensorStorageMetadata]:
-        """Name, shape and place of every tensor."""
-        entries = self.read_metadata().state_dict_metadata
-        return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """One process needs no process group; torch would warn of it every time."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-        yield
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut (where the system can)."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
