@@ -21,7 +21,7 @@ from dsv3_book.model.experts import Experts, MoE
 from dsv3_book.model.mla import Cache
 from dsv3_book.model.mtp import MTPModule
 from dsv3_book.model.rope import Angles, angles
-from dsv3_book.model.router import Router, Routing
+from dsv3_book.model.router import Routing
 
 
 class Losses(NamedTuple):
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         """The MTP modules held here, depth 1 first."""
         return [m for m in self.layers.values() if isinstance(m, MTPModule)]
 
-    def routers(self) -> list[tuple[str, Router]]:
+    def routers(self) -> list[tuple[str, nn.Module]]:
         """(name, router) of every MoE block held here, MTP's last: the order of `Losses.load`."""
         moe = [(n, b.mlp) for n, b in self.layers.items() if isinstance(b.mlp, MoE)]
         return [(f"layers.{name}.mlp.gate", mlp.gate) for name, mlp in moe]
