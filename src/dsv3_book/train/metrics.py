@@ -1,21 +1,26 @@
-"""What a run tells about itself: `metrics.jsonl`, TensorBoard, and a line (or a live bar) for people."""
+"""What a run tells about itself: `metrics.jsonl`, TensorBoard, and a live view (or a line) for people."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
-LINE_SECONDS = 10.0  # where there is no terminal: at most one line in this time
+from dsv3_book.model.balance import max_violation
+from dsv3_book.train.live import Live
+from dsv3_book.train.loads import label, load_figure, pixels
+
+LOADS = "load.jsonl"
+MOMENTS = 100  # how often in a run the loads of all experts are written down
 
 
 class MetricsFile:
@@ -60,14 +65,19 @@ class Metrics:
 
     `with metrics.after(step):` opens the files; within it, `step(...)` after each step, `validation(...)` and
     `say(...)` in between.
+
+    Args:
+        folder: the run's. It gets `metrics.jsonl`, `load.jsonl` (the load of all experts, about a hundred times in a
+            run: for heat maps, and too much for a line of every step) and `tensorboard/`.
+        steps: how many the whole run has.
+        routers: their names, in the order of the loads' rows.
+        quiet: nothing on the screen.
     """
 
     def __init__(self, folder: Path | None, steps: int, routers: Sequence[str] = (), quiet: bool = False) -> None:
         self.folder, self.first, self.steps, self.routers = folder, 0, steps, list(routers)
         self.console = Console(file=sys.stderr, soft_wrap=True, quiet=quiet or folder is None)
-        self.live = self.console.is_terminal and not self.console.quiet
-        self.recent: deque[tuple[float, int]] = deque(maxlen=20)  # (time, tokens) of the last steps, for the live view
-        self.last_line = -float("inf")
+        self.load: Float[np.ndarray, "routers E"] | None = None  # of the last step
 
     def after(self, step: int) -> Metrics:
         """Ready to go on from `step`."""
@@ -80,47 +90,50 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter  # half a second: only who writes pays it
 
         self.file = MetricsFile(self.folder / "metrics.jsonl", self.first)
+        self.loads = MetricsFile(self.folder / LOADS, self.first)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first + 1)
-        self.bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[line]}"),
-            TimeElapsedColumn(),
-            console=self.console,
-            disable=not self.live,
-            transient=True,
-        )
-        self.task: TaskID = self.bar.add_task("train", total=self.steps, completed=self.first, line="")
-        self.bar.start()
+        self.live = Live(self.console, self.steps, self.first)
+        self.live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.folder is not None:
-            self.bar.stop()
+            self.live.stop()
             self.file.close()
+            self.loads.close()
             self.board.close()
 
-    def step(self, line: Mapping[str, Any], violations: Sequence[float] = ()) -> None:
-        """One optimiser step. `violations`: MaxVio of each router, in the order of `routers`."""
+    def step(self, line: Mapping[str, Any], load: Float[Tensor, "routers E"] | None = None) -> None:
+        """One optimiser step. `load`: tokens per expert in all of it, a row for each of `routers`; None if there are no
+        routers."""
+        if self.folder is None:
+            return
+        step = line["step"]
+        self.file.write(line)
+        for name, value in line.items():
+            if name not in ("step", "tokens"):
+                self.board.add_scalar(f"train/{name}", value, step)
+        if load is not None and len(load):
+            for name, value in zip(self.routers, max_violation(load).tolist(), strict=True):
+                self.board.add_scalar(f"max_violation/{name}", value, step)
+            self.load = load.double().cpu().numpy().copy()
+            if step == self.steps or step % max(1, self.steps // MOMENTS) == 0:
+                self.loads.write({"step": step, "load": self.load.round().astype(int).tolist()})
+        self.live.show(line)
+
+    def validation(self, line: Mapping[str, Any]) -> None:
+        """One evaluation, and a picture of how experts are used at that time."""
         if self.folder is None:
             return
         self.file.write(line)
         for name, value in line.items():
-            if name not in ("step", "tokens"):
-                self.board.add_scalar(f"train/{name}", value, line["step"])
-        for name, value in zip(self.routers, violations, strict=True):
-            self.board.add_scalar(f"max_violation/{name}", value, line["step"])
-        self._show(line)
-
-    def validation(self, line: Mapping[str, Any]) -> None:
-        """One evaluation."""
-        if self.folder is None:
-            return
-        self.file.write(line)
-        for name in ("val_loss", "val_bits_per_byte"):
-            self.board.add_scalar(f"validation/{name}", line[name], line["step"])
+            if name.startswith("val_") and name != "val_tokens":
+                self.board.add_scalar(f"validation/{name}", value, line["step"])
+        if self.load is not None:
+            picture = pixels(load_figure(self.load, [label(name) for name in self.routers]))
+            self.board.add_image("load over mean", picture, line["step"], dataformats="HWC")
         self.say(
             f"step {line['step']}: validation {line['val_loss']:.4f} nats/token, "
             f"{line['val_bits_per_byte']:.4f} bits/byte ({line['val_tokens']:,} tokens)"
@@ -129,25 +142,3 @@ class Metrics:
     def say(self, message: str) -> None:
         """A message to people, above the live bar if there is one."""
         self.console.print(message, markup=False, highlight=False)
-
-    def _show(self, line: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        self.recent.append((now, line["tokens"]))
-        (then, before), done = self.recent[0], line["step"]
-        speed = (line["tokens"] - before) / (now - then) if now > then else line["tokens_per_second"]
-        left = (self.steps - done) * (now - then) / max(1, len(self.recent) - 1) if len(self.recent) > 1 else None
-        text = (
-            f"loss {line['loss']:.3f}  mtp {line['loss_mtp']:.3f}  {speed:,.0f} tokens/s  "
-            f"MaxVio {line['max_violation']:.2f}" + (f"  {clock(left)} left" if left is not None else "")
-        )
-        self.bar.update(self.task, completed=done, line=text)
-        if not self.live and (now - self.last_line >= LINE_SECONDS or done == self.steps):
-            self.say(f"step {done}/{self.steps}  {text}")
-            self.last_line = now
-
-
-def clock(seconds: float) -> str:
-    """3725 → "1:02:05"."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
