@@ -29,13 +29,14 @@ def heat(fig: Any, ax: Any, values: Float[np.ndarray, "rows columns"], extent: t
     """Draws relative loads into `ax`, with a bar of colours from 0 to `TOP` (always the same, so that maps compare)."""
     image = ax.imshow(values, aspect="auto", interpolation="nearest", vmin=0, vmax=TOP, extent=extent)
     ax.grid(False)
-    fig.colorbar(image, ax=ax, extend="max", label="load over mean", pad=0.02)
+    thin = 7 * fig.get_size_inches()[1]
+    fig.colorbar(image, ax=ax, extend="max", label="load over mean", pad=0.02, aspect=thin, extendfrac=0.5 / thin)
 
 
 def load_figure(load: Real[np.ndarray, "routers E"], routers: Sequence[str]) -> Any:
     """A matplotlib figure of one step's load: routers by experts."""
     rows = len(routers)
-    fig, ax = figure(6.4, 1.1 + 0.24 * max(rows, 3))
+    fig, ax = figure(6.4, 1.1 + min(0.24 * max(rows, 3), 7))
     heat(fig, ax, relative(load))
     every = -(-rows // 30)
     ax.set(xlabel="expert", yticks=range(0, rows, every), yticklabels=routers[::every])
