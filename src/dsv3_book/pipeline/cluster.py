@@ -87,6 +87,20 @@ ALONE = replace(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How layers are run, where that isn't the report's way."""
+
+    sequences: int = 1  # in a micro-batch
+    per_node: int = GPUS_PER_NODE  # GPUs on each of the nodes that the experts are spread over
+    direct: bool = False  # each copy of a token goes straight to its GPU, not by way of a node's one
+    fp8: bool = True  # False: all products in BF16, and dispatches too
+    recompute: bool = True
+
+
+REPORT_SETTING = Setting()
+
+
 # One layer -----------------------------------------------------------------------------------------------------------
 def nodes_crossed(cfg: ModelConfig, nodes: int, limited: bool = True) -> float:
     """Copies of a token that cross InfiniBand on average: other nodes that hold one of its experts.
@@ -104,25 +118,41 @@ def nodes_crossed(cfg: ModelConfig, nodes: int, limited: bool = True) -> float:
     return reached * (1 - 1 / nodes)
 
 
-def gpus_crossed(cfg: ModelConfig, nodes: int, limited: bool = True) -> float:
+def gpus_crossed(cfg: ModelConfig, nodes: int, limited: bool = True, per_node: int = GPUS_PER_NODE) -> float:
     """Copies of a token that NVLink carries on average: inside each node reached, every other GPU with its experts."""
     reached = nodes_crossed(cfg, nodes, limited) / (1 - 1 / nodes) if nodes > 1 else 1.0
     here, k = cfg.n_routed_experts // nodes, round(cfg.num_experts_per_tok / reached)
-    return reached * (GPUS_PER_NODE - 1) * (1 - comb(here - here // GPUS_PER_NODE, k) / comb(here, k))
+    return reached * (per_node - 1) * (1 - comb(here - here // per_node, k) / comb(here, k))
+
+
+def copies_crossed(
+    cfg: ModelConfig, nodes: int, limited: bool = True, setting: Setting = REPORT_SETTING
+) -> tuple[float, float]:
+    """Copies of a token over InfiniBand and over NVLink: in two hops, or each straight to its GPU."""
+    ib, nvlink = nodes_crossed(cfg, nodes, limited), gpus_crossed(cfg, nodes, limited, setting.per_node)
+    if not setting.direct or nodes == 1:
+        return ib, nvlink
+    width = setting.per_node
+    reached = nvlink * width / (width - 1) if width > 1 else ib / (1 - 1 / nodes)  # GPUs, one's own among them
+    return reached * (1 - 1 / nodes), nvlink / nodes
 
 
 def all_to_all_ms(
-    cfg: ModelConfig, machine: Machine, kind: str, tokens: int, nodes: int, limited: bool = True
+    cfg: ModelConfig,
+    machine: Machine,
+    kind: str,
+    tokens: int,
+    nodes: int,
+    limited: bool = True,
+    setting: Setting = REPORT_SETTING,
 ) -> float:
     """One all-to-all. `kind` "fp8": dispatch(F) and combine(B), one vector a copy; "bf16": combine(F) and dispatch(B).
 
     InfiniBand and NVLink work at once (report §3.2.2), so the slower one counts.
     """
     bytes_of = (lambda n: dispatch_bytes(cfg, n)) if kind == "fp8" else (lambda n: combine_bytes(cfg, n))
-    seconds = max(
-        bytes_of(nodes_crossed(cfg, nodes, limited)) / machine.ib,
-        bytes_of(gpus_crossed(cfg, nodes, limited)) / machine.nvlink,
-    )
+    ib, nvlink = copies_crossed(cfg, nodes, limited, setting)
+    seconds = max(bytes_of(ib) / machine.ib, bytes_of(nvlink) / machine.nvlink)
     return 1e3 * (tokens * seconds + machine.wait)
 
 
@@ -133,29 +163,34 @@ def layer_times(
     tokens: int = REPORT_SEQUENCE_LENGTH,
     nodes: int = 8,
     limited: bool = True,
+    setting: Setting = REPORT_SETTING,
 ) -> Layer:
-    """Milliseconds of the parts of layer `index` for one micro-batch of one sequence of `tokens` on a GPU.
+    """Milliseconds of the parts of layer `index` for one micro-batch, of one sequence of `tokens`, on a GPU.
 
     As in the released profile, router and recomputation are in "attention", shared experts in "mlp". A dense layer has
-    no dispatch and no combine. `nodes`: how many the experts are spread over; `limited`: routing is node-limited.
+    no dispatch and no combine, nor has any where one GPU holds all experts. `nodes`: how many the experts are spread
+    over; `limited`: routing is node-limited.
     """
-    flops = {part: tokens * n for part, n in layer_flops(cfg, index, causal_context(tokens)).items()}
+    number = tokens * setting.sequences
+    flops = {part: number * n for part, n in layer_flops(cfg, index, causal_context(tokens)).items()}
     params = attention_params(cfg)
-    again = 2.0 * tokens * sum(params.get(name, 0) for name in UP_PROJECTIONS)
+    again = 2.0 * number * setting.recompute * sum(params.get(name, 0) for name in UP_PROJECTIONS)
+    gemm, gemm_weight = ((1 if setting.fp8 else 0.5) * rate for rate in (machine.gemm, machine.gemm_weight))
     core = flops.pop("attention_core")
     attention = flops.pop("attention_proj") + flops.pop("router", 0.0)
     mlp = sum(flops.values())
     busy = 1e3 / (1 - machine.other)
     times = {
-        "attention(F)": busy * (attention / machine.gemm + core / machine.core),
-        "attention(B)": busy * ((attention + again) / machine.gemm + CORE_BACKWARD * core / machine.core_backward),
-        "attention(W)": 1e3 * attention / machine.gemm_weight,
-        "mlp(F)": busy * mlp / machine.gemm,
-        "mlp(B)": busy * mlp / machine.gemm,
-        "mlp(W)": 1e3 * mlp / machine.gemm_weight,
+        "attention(F)": busy * (attention / gemm + core / machine.core),
+        "attention(B)": busy * ((attention + again) / gemm + CORE_BACKWARD * core / machine.core_backward),
+        "attention(W)": 1e3 * attention / gemm_weight,
+        "mlp(F)": busy * mlp / gemm,
+        "mlp(B)": busy * mlp / gemm,
+        "mlp(W)": 1e3 * mlp / gemm_weight,
     }
-    if cfg.is_moe_layer(index):
-        quick, slow = (all_to_all_ms(cfg, machine, kind, tokens, nodes, limited) for kind in ("fp8", "bf16"))
+    if cfg.is_moe_layer(index) and nodes * setting.per_node > 1:
+        kinds = ("fp8" if setting.fp8 else "bf16", "bf16")
+        quick, slow = (all_to_all_ms(cfg, machine, kind, number, nodes, limited, setting) for kind in kinds)
         times |= {"dispatch(F)": quick, "combine(B)": quick, "combine(F)": slow, "dispatch(B)": slow}
     return times
 
@@ -174,19 +209,25 @@ def _product(flops: float, machine: Machine) -> Layer:
 
 
 def stage_layers(
-    cfg: ModelConfig, num_stages: int, machine: Machine, tokens: int = REPORT_SEQUENCE_LENGTH, nodes: int = 8
+    cfg: ModelConfig,
+    num_stages: int,
+    machine: Machine,
+    tokens: int = REPORT_SEQUENCE_LENGTH,
+    nodes: int = 8,
+    setting: Setting = REPORT_SETTING,
 ) -> list[list[Layer]]:
     """Every stage's layers in forward order, placed by `place_layers` as the executor's are. The last one ends with the
     output head, and with the MTP modules: each its eh_proj, its block, and the head once more."""
     layers = [
-        layer_times(cfg, index, machine, tokens, nodes)
+        layer_times(cfg, index, machine, tokens, nodes, setting=setting)
         for index in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers)
     ]
     stages = [layers[indices.start : indices.stop] for indices in place_layers(cfg, num_stages)]
-    head = _product(tokens * head_flops(cfg), machine)
+    number = tokens * setting.sequences
+    head = _product(number * head_flops(cfg), machine)
     stages[-1].append(head)
     for block in layers[cfg.num_hidden_layers :]:
-        stages[-1] += [_product(tokens * 4.0 * cfg.hidden_size**2, machine), block, head]
+        stages[-1] += [_product(number * 4.0 * cfg.hidden_size**2, machine), block, head]
     return stages
 
 
@@ -246,9 +287,10 @@ def simulate_step(
     tokens: int = REPORT_SEQUENCE_LENGTH,
     nodes: int = 8,
     overlap: bool = True,
+    setting: Setting = REPORT_SETTING,
 ) -> Step:
     """A whole step of one pipeline. By default the report's: 16 ranks, 15360 sequences over 2048 / 16 pipelines."""
     plan = make_schedule(schedule, ranks, microbatches)
-    stages = stage_layers(cfg, plan.num_stages, machine, tokens, nodes)
-    costs = stage_costs(stages, hop_ms(cfg, machine, tokens), overlap)
-    return Step(schedule, simulate(plan, costs), microbatches, tokens)
+    stages = stage_layers(cfg, plan.num_stages, machine, tokens, nodes, setting)
+    costs = stage_costs(stages, hop_ms(cfg, machine, tokens * setting.sequences), overlap)
+    return Step(schedule, simulate(plan, costs), microbatches, tokens * setting.sequences)
