@@ -1,6 +1,5 @@
 """`prepare`: from sources of text to a `Dataset` that a trainer reads, with everything slow kept in a cache."""
 
-import lzma
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from dsv3_book.data.cache import cache_folder, cached, key_of
 from dsv3_book.data.corpus import HELD_OUT, Corpus, Document, load_corpus
 from dsv3_book.data.packing import PackedTokens
 from dsv3_book.data.progress import progress_bar
+from dsv3_book.data.sharded import folder_in, open_shards
 from dsv3_book.data.tokenizer import Tokenizer
 
 VERSION = 1  # raise it when the same inputs would give other tokens: old cache folders are then no longer found
@@ -56,14 +56,9 @@ class Dataset:
         return self.corpus.held_out_bytes
 
     @cached_property
-    def val_xz_bits_per_byte(self) -> float:
-        """What `xz -9e` needs for all held-out documents together (one stream, in corpus order), in bits per byte.
-
-        Held out is held out from xz too: it sees nothing of the training documents, and starts from nothing. A language
-        model that is trained on other documents must beat it to show that it learned anything that carries over.
-        """
-        text = b"".join(doc.text.encode("utf-8") for doc in self.corpus.held_out)
-        return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    def val_xz_bits_per_byte(self) -> float | None:
+        """`Corpus.xz_bits_per_byte`, computed once: what bits per byte are held against. None where it isn't known."""
+        return self.corpus.xz_bits_per_byte()
 
     def evaluation(self, B: int, T: int, extra: int = 0, max_windows: int | None = None) -> Iterator[EvalBatch]:
         """Held-out windows, in order, such that every token but the first is predicted exactly once.
@@ -106,7 +101,9 @@ def prepare(
 ) -> Dataset:
     """Read, tokenise and pack a corpus, or find it in the cache.
 
-    sources, held_out, max_bytes: as in `load_corpus`; None is the Python standard library.
+    sources, held_out, max_bytes: as in `load_corpus`; None is the Python standard library. Or a folder of token shards
+        (`shards:DIR`, see `shards`), which is opened as it is: what was held out, and how, was decided when they were
+        written, so held_out, max_bytes, vocab_size and style are not used then.
     vocab_size, style: of the tokenizer to train (on the training documents only); not used if `tokenizer` is given.
     tokenizer: one to use, or the path of a `tokenizer.json`, ours or a released one.
     cache_dir: else $DSV3_BOOK_CACHE, else ~/.cache/dsv3_book.
@@ -118,6 +115,8 @@ def prepare(
     Every process of a run may call this: one builds, the others wait for it. Raises ValueError and FileNotFoundError
     with the thing, the value and the remedy.
     """
+    if (shards := folder_in(sources)) is not None:
+        return _opened(shards, tokenizer, fim_rate, seed)
     corpus = load_corpus(sources, held_out=held_out, max_bytes=max_bytes, progress=progress)
     folder = cache_folder(cache_dir)
     train_digest = _digest(corpus.train)
@@ -156,6 +155,20 @@ def prepare(
 
     train, val = cached(f"tokens-{fingerprint}", folder, build, load)
     return Dataset(train, val, tokenizer, corpus, fingerprint)
+
+
+def _opened(folder: Path, tokenizer: Tokenizer | str | os.PathLike | None, fim_rate: float, seed: int) -> Dataset:
+    """A folder of shards, if it is what these settings would make of its text."""
+    train, val, theirs, corpus, fingerprint = open_shards(folder, seed)
+    if tokenizer is not None:
+        mine = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+        if mine.spec != theirs.spec:
+            raise ValueError(f"the shards in {folder} were written with another tokenizer: name none, theirs is used")
+    if (rate := corpus.index["settings"]["fim_rate"]) != fim_rate:
+        raise ValueError(
+            f"the shards in {folder} were written with fim_rate {rate}, not {fim_rate}: give {rate}, or write them anew"
+        )
+    return Dataset(train, val, theirs, corpus, fingerprint)
 
 
 def _trained(corpus: Corpus, digest: str, vocab_size: int, style: str, folder: Path, progress: bool) -> Tokenizer:

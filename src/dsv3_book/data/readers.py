@@ -62,10 +62,10 @@ def _known(path: Path) -> Path:
     return path
 
 
-def read_source(name: str, path: Path) -> Iterator[tuple[str, str | Skip]]:
-    """The documents of one file."""
+def read_source(name: str, path: Path, field: str = "text") -> Iterator[tuple[str, str | Skip]]:
+    """The documents of one file. `field`: where a line of .jsonl or a row of .parquet keeps its text."""
     if path.suffix.lower() == ".parquet":
-        yield from _read_parquet(name, path)
+        yield from _read_parquet(name, path, field)
         return
     try:
         text = path.read_bytes().decode("utf-8")  # bytes, so that line ends stay as they are
@@ -73,12 +73,12 @@ def read_source(name: str, path: Path) -> Iterator[tuple[str, str | Skip]]:
         yield name, Skip(f"not UTF-8 (byte {error.start})")
         return
     if path.suffix.lower() == ".jsonl":
-        yield from _read_jsonl(name, text)
+        yield from _read_jsonl(name, text, field)
     else:
         yield name, text
 
 
-def _read_jsonl(name: str, text: str) -> Iterator[tuple[str, str | Skip]]:
+def _read_jsonl(name: str, text: str, field: str) -> Iterator[tuple[str, str | Skip]]:
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a string
         if not line.strip():
             continue
@@ -87,22 +87,22 @@ def _read_jsonl(name: str, text: str) -> Iterator[tuple[str, str | Skip]]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f'{where}: not a line of JSON ({error}); each line must be an object with a "text"'
+                f'{where}: not a line of JSON ({error}); each line must be an object with a "{field}"'
             ) from None
-        yield where, _text_of(row, where)
+        yield where, _text_of(row, where, field)
 
 
-def _text_of(row: Any, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+def _text_of(row: Any, where: str, field: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
         kind = f"has the keys {sorted(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
         raise ValueError(
-            f'{where}: no text ({where} {kind}); each line or row must hold its text as a string under "text". '
+            f'{where}: no text ({where} {kind}); each line or row must hold its text as a string under "{field}". '
             "Rename the field, or remove the line"
         )
-    return row["text"]
+    return row[field]
 
 
-def _read_parquet(name: str, path: Path) -> Iterator[tuple[str, str | Skip]]:
+def _read_parquet(name: str, path: Path, field: str) -> Iterator[tuple[str, str | Skip]]:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
@@ -112,19 +112,19 @@ def _read_parquet(name: str, path: Path) -> Iterator[tuple[str, str | Skip]]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{name}: not a readable parquet file ({error}); fetch or write it again") from error
     with table:
-        if "text" not in table.schema_arrow.names:
+        if field not in table.schema_arrow.names:
             raise ValueError(
-                f'{name}: no column "text" among {table.schema_arrow.names}; rename the column that holds it'
+                f'{name}: no column "{field}" among {table.schema_arrow.names}; rename the column that holds it'
             )
         row = 0
-        for batch in table.iter_batches(columns=["text"]):
+        for batch in table.iter_batches(columns=[field]):
             for value in batch.column(0):
-                yield f"{name}:{row}", _text_of({"text": value.as_py()}, f"{name}:{row}")
+                yield f"{name}:{row}", _text_of({field: value.as_py()}, f"{name}:{row}", field)
                 row += 1
 
 
-def read_hub(name: str) -> Iterator[tuple[str, str | Skip]]:
-    """The rows of a hub data set's `train` split, streamed. `name` may end in `:config`."""
+def read_hub(name: str, split: str = "train", field: str = "text", skip: int = 0) -> Iterator[tuple[str, str | Skip]]:
+    """The rows of a hub data set's split but the first `skip`, streamed. `name` may end in `:config`."""
     missing = f"{name!r} is neither a file nor a folder here, and as a data set of the hub it can't be read"
     try:
         import datasets
@@ -134,13 +134,14 @@ def read_hub(name: str) -> Iterator[tuple[str, str | Skip]]:
     repo, _, config = name.partition(":")
     try:
         # trust_remote_code is never given: a data set's own script is not run.
-        rows = iter(datasets.load_dataset(repo, config or None, split="train", streaming=True))
+        stream = datasets.load_dataset(repo, config or None, split=split, streaming=True)
+        rows = iter(stream.skip(skip) if skip else stream)
         first = next(rows, None)
     except Exception as error:  # the hub client raises many kinds; all mean the same to the reader
         raise FileNotFoundError(
             f"{missing} ({type(error).__name__}: {error}). Check the name and the network"
         ) from error
     if first is not None:
-        yield f"{name}:0", _text_of(first, f"{name}:0")
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}:{number}", _text_of(row, f"{name}:{number}")
+        yield f"{name}:{skip}", _text_of(first, f"{name}:{skip}", field)
+    for number, row in enumerate(rows, start=skip + 1):
+        yield f"{name}:{number}", _text_of(row, f"{name}:{number}", field)
