@@ -59,8 +59,9 @@ class OwnAttention(Protocol):
     Matrix products by `ops.Linear` can be put off (W apart from I); those by `nn.Linear` are computed in I.
 
     Optional. `recompute`: the trainer sets this attribute to what --recompute says. `decode(x, at, cache)`: see
-    `MLA.decode`; if given it must agree with `forward`. If not, text is sampled by running `forward` over all the
-    tokens so far for each new one: the same text, more slowly. --fp8 reaches attention only in subclasses of `MLA`.
+    `MLA.decode`; if given it must agree with `forward`. Without one (in a subclass of `MLA`: `decode = None`) text is
+    sampled by running `forward` over all the tokens so far for each new one: the same text, more slowly. --fp8 reaches
+    attention only in subclasses of `MLA`.
     """
 
     def __call__(self, x: Float[Tensor, "B T D"], at: Angles) -> Float[Tensor, "B T D"]: ...

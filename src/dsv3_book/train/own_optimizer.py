@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from dsv3_book.train.contracts import OwnOptimizer, need
 from dsv3_book.train.probes import asked, can_be_called
 
-Factory = Callable[..., OwnOptimizer]
+Factory = Callable[..., Any]
 Kept = dict[str, bool]  # what is kept for a parameter: name -> whether it has the parameter's shape (else one number)
 DECAYS = (True, False)
 
@@ -81,7 +81,7 @@ def build(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-) -> OwnOptimizer:
+) -> Any:
     """The factory's optimiser: matrices decay, vectors don't; β and ε go to those that have a name for them."""
     groups = [
         {"params": [p for p in decays if decays[p] is yes], "weight_decay": weight_decay if yes else 0.0}
@@ -156,15 +156,15 @@ class _Three:
         self.step(0.02)
 
     def step(self, lr: float) -> None:
-        for p, g in zip(self.parameters, self.numbers(), strict=True):
-            p.grad = g
+        gradients = self.numbers()
+        for p, g in zip(self.parameters, gradients, strict=True):
+            p.grad = g.clone()  # it's the optimiser's: it may change or drop it
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         before = [p.detach().clone() for p in self.parameters]
         with asked("step()"), torch.no_grad():
             self.optimizer.step()
-        for p, b in zip(self.parameters, before, strict=True):
-            assert p.grad is not None
+        for p, b, g in zip(self.parameters, before, gradients, strict=True):
             moved = (p.detach() - b).abs().max().item()
             need(torch.isfinite(p).all(), "a step from finite gradients left weights that are not finite")
             if lr == 0:
@@ -172,7 +172,7 @@ class _Three:
             else:
                 need(moved > 0, f"a step with lr {lr} moved nothing")
             if not self.stepped:
-                down = ((p.detach() - b) * p.grad).sum() < 0
+                down = ((p.detach() - b) * g).sum() < 0
                 need(down, "its first step goes up the gradient; wanted: down")
         self.stepped = True
 

@@ -201,7 +201,7 @@ def check_attention(first: nn.Module, second: nn.Module, cfg: ModelConfig, dtype
         off < CLOSE[dtype],
         f"the output at tokens 0 to {few - 1} changes by {off:.1e} of its size when tokens follow; wanted: causal",
     )
-    if hasattr(first, "decode"):
+    if getattr(first, "decode", None) is not None:
         _check_decode(first, x, y, cfg, dtype)
 
 
@@ -215,7 +215,10 @@ def _check_decode(attention: Any, x: Tensor, y: Tensor, cfg: ModelConfig, dtype:
             parts.append(attention.decode(x[:, a:b], (cos[a:b], sin[a:b]), cache))
         need(cache.length == b, f"decode left {cache.length} tokens in the cache, wanted {b}: call cache.append once")
     off = _off(torch.cat(parts, 1), y)
-    need(off < CLOSE[dtype], f"decode differs from forward by {off:.1e} of its size; wanted: equal (or leave it out)")
+    need(
+        off < CLOSE[dtype],
+        f"decode differs from forward by {off:.1e} of its size; wanted: equal, or `decode = None` for none",
+    )
 
 
 # Balance and schedule ------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ run that goes on, or writes text, without them asks for the same `--swap.…` ag
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MethodType
@@ -88,7 +88,7 @@ class Swaps:
         attention: Any = made(self.attention, (self.cfg, layer), name, self.cfg, seed, device)
         if not hasattr(attention, "cfg"):
             attention.cfg = self.cfg  # a pipeline's stage reads it there
-        if not hasattr(attention, "decode"):
+        if getattr(attention, "decode", None) is None:
             attention.layer, attention.inputs = layer, weakref.WeakKeyDictionary()
             attention.decode = MethodType(decode_by_forward, attention)
         return attention
@@ -102,9 +102,7 @@ class Swaps:
         return same_parts(before, self.sources, place, kinds)
 
 
-def load_swaps(
-    swap: Swap, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32, zero: bool = True, device: str = "cpu"
-) -> Swaps:
+def load_swaps(swap: Swap, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32, zero: bool = True) -> Swaps:
     """Imports what `swap` names, and nothing else, and tries every part on a little input.
 
     zero: whether the optimiser's state will be sharded, which one that looks at whole matrices can't have.
@@ -119,12 +117,11 @@ def load_swaps(
         path = getattr(swap, kind)
         if path is None:
             continue
-        try:
-            parts[kind], sources[kind] = load(kind, path)
-            parts[kind] = _tried(kind, parts[kind], cfg, compute_dtype, zero)
-        except Refused as refused:
-            contract = f"The contract: dsv3_book.train.contracts.{REFERENCE[kind]}."
-            raise ValueError(f"--swap.{kind} {path}: {refused}. {contract}") from refused.__cause__
+        with _named(kind, path):
+            thing, sources[kind] = load(kind, path)
+            parts[kind] = (
+                _checked_schedule(thing, path) if kind == "schedule" else _tried(kind, thing, cfg, compute_dtype, zero)
+            )
     return Swaps(cfg, **parts, sources=sources)
 
 
@@ -142,8 +139,6 @@ def _tried(kind: str, thing: Any, cfg: ModelConfig, dtype: torch.dtype, zero: bo
     elif kind == "balance":
         probes.can_be_called(thing, "rule(bias, load, gamma)", None, None, 0.0)
         probes.check_balance(thing, cfg)
-    elif kind == "schedule":
-        return _checked_schedule(thing)
     else:
         trial = try_optimizer(thing)
         need(
@@ -155,28 +150,34 @@ def _tried(kind: str, thing: Any, cfg: ModelConfig, dtype: torch.dtype, zero: bo
     return thing
 
 
-def _checked_schedule(thing: Any) -> OwnSchedule:
+def _checked_schedule(thing: Any, path: str) -> OwnSchedule:
     """A function that checks whatever the reader's function gives (or the one schedule that a file holds)."""
-    path = ""
     if isinstance(thing, Schedule):
         probes.check_schedule(thing, thing, thing.num_ranks, thing.num_microbatches)
     else:
         probes.can_be_called(thing, "schedule(num_ranks, num_microbatches)", 2, 4)
-        path = f" {getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
 
     def schedule(num_ranks: int, num_microbatches: int) -> Schedule:
-        try:
+        with _named("schedule", path):
             if isinstance(thing, Schedule):
                 found = again = thing
             else:
                 with probes.asked(f"schedule({num_ranks}, {num_microbatches})"):
                     found, again = (thing(num_ranks, num_microbatches) for _ in range(2))
             probes.check_schedule(found, again, num_ranks, num_microbatches)
-        except Refused as refused:
-            raise ValueError(f"--swap.schedule{path}: {refused}") from refused.__cause__
         return found
 
     return schedule
+
+
+@contextmanager
+def _named(kind: str, path: str) -> Iterator[None]:
+    """A refusal becomes an error that names the part and the contract."""
+    try:
+        yield
+    except Refused as refused:
+        contract = f"The contract: dsv3_book.train.contracts.{REFERENCE[kind]}."
+        raise ValueError(f"--swap.{kind} {path}: {str(refused).rstrip('.')}. {contract}") from refused.__cause__
 
 
 # Making a module -----------------------------------------------------------------------------------------------------
