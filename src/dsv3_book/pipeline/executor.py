@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -214,7 +215,10 @@ class Pipeline(nn.Module):
         elif action.kind == "F":
             self._hand_on("F", action, self._forward(action).finish())
         elif action.kind == "W":
+            began = time.perf_counter()
             self.chunks.pop((action.stage, action.microbatch)).weight_gradients()
+            if done := self._recorder(action, paired=False):
+                done("weight gradients", began, time.perf_counter())
         else:
             self._hand_on("B", action, self._backward(action).finish())
             if action.kind == "B":
@@ -239,7 +243,7 @@ class Pipeline(nn.Module):
     def _recorder(self, action: Action, paired: bool) -> Callable[[str, float, float], None] | None:
         if self.watch is None:
             return None
-        kind, events = "F" if action.kind == "F" else "B", self.watch.events
+        kind, events = "B" if action.kind == "I" else action.kind, self.watch.events
 
         def done(part: str, start: float, end: float) -> None:
             events.append(Event(kind, action.stage, action.microbatch, part, start, end, paired))

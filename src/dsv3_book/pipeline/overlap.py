@@ -29,8 +29,9 @@ ORDER = (
 
 
 class Event(NamedTuple):
-    """A part that was done: "F" or "B" of which stage and micro-batch, from when to when (seconds of
-    `time.perf_counter`), and whether its chunk was one of a pair."""
+    """A part that was done: of a forward ("F"), a backward ("B") or weight gradients that were put off ("W"), of which
+    stage and micro-batch, from when to when (seconds of `time.perf_counter`), and whether its chunk was one of a pair.
+    """
 
     kind: str
     stage: int

@@ -6,7 +6,9 @@ a start and a duration in microseconds, and "M", metadata that names a process (
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,51 +42,65 @@ def save_perfetto(timeline: Timeline | Streams, path: str | Path, unit: float = 
 def _step(timeline: Timeline, unit: float) -> list[Event]:
     events: list[Event] = []
     for rank, spans in enumerate(timeline.spans):
-        events += [_named("process_name", rank, 0, f"rank {rank}"), _named("thread_name", rank, 0, "actions")]
+        events += [named("process_name", rank, 0, f"rank {rank}"), named("thread_name", rank, 0, "actions")]
         for span in spans:
             parts = {part.kind: {"stage": part.stage, "microbatch": part.microbatch} for part in span.action.parts}
-            events.append(_complete(rank, 0, str(span.action), span.action.kind, span.start, span.end, unit, parts))
-    # Tensors that travel side by side can't share a thread, where events must nest: a link gets as many as it needs.
-    lanes: dict[tuple[int, int], list[tuple[int, float]]] = {}  # link -> (thread, when it is free)
-    threads = [1] * timeline.num_ranks
+            events.append(complete(rank, 0, str(span.action), span.action.kind, span.start, span.end, unit, parts))
+    threads = [itertools.count(1) for _ in timeline.spans]
+    links: dict[tuple[int, int], Lanes] = {}
     for flight in timeline.flights:
         source, target = flight.transfer.source, flight.transfer.target
         if flight.end <= flight.start:
             continue
-        link = lanes.setdefault((source, target), [])
-        lane = next((i for i, (_, free) in enumerate(link) if free <= flight.start), len(link))
-        if lane == len(link):
-            link.append((threads[source], 0.0))
-            threads[source] += 1
-            events.append(
-                _named("thread_name", source, link[lane][0], f"to rank {target}" + (f" ({lane})" if lane else ""))
-            )
-        thread = link[lane][0]
-        link[lane] = (thread, flight.end)
+        link = links.setdefault((source, target), Lanes(source, threads[source], f"to rank {target}"))
+        thread = link.take(flight.start, flight.end)
         about = {"stage": flight.transfer.stage, "microbatch": flight.transfer.microbatch, "to": target}
         name = f"{flight.transfer.kind}{flight.transfer.stage}.{flight.transfer.microbatch} to {target}"
-        events.append(_complete(source, thread, name, "hop", flight.start, flight.end, unit, about))
-    return events
+        events.append(complete(source, thread, name, "hop", flight.start, flight.end, unit, about))
+    return events + [named for link in links.values() for named in link.named]
+
+
+class Lanes:
+    """Threads for what may travel side by side: events of one thread must nest, so a link gets as many as it needs.
+
+    numbers: where new threads of process `pid` get their numbers from.  named: the events that name them.
+    """
+
+    def __init__(self, pid: int, numbers: Iterator[int], name: str) -> None:
+        self.pid, self.numbers, self.name = pid, numbers, name
+        self.free: dict[int, float] = {}  # thread -> when it is
+        self.named: list[Event] = []
+
+    def take(self, start: float, end: float) -> int:
+        """The thread for something from `start` to `end`; to be asked in the order of starts."""
+        thread = next((t for t, free in self.free.items() if free <= start), None)
+        if thread is None:
+            thread, more = next(self.numbers), f" ({len(self.free)})" if self.free else ""
+            self.named.append(named("thread_name", self.pid, thread, self.name + more))
+        self.free[thread] = end
+        return thread
 
 
 def _streams(streams: Streams, unit: float) -> list[Event]:
-    events = [_named("process_name", 0, 0, "one GPU")]
-    events += [_named("thread_name", 0, tid, name) for tid, name in enumerate(("compute", "communication"))]
+    events = [named("process_name", 0, 0, "one GPU")]
+    events += [named("thread_name", 0, tid, name) for tid, name in enumerate(("compute", "communication"))]
     for part in streams.parts:
         kind = "communication" if part.communicates else "compute"
         events.append(
-            _complete(0, int(part.communicates), part.name, kind, part.start, part.end, unit, {"layer": part.layer})
+            complete(0, int(part.communicates), part.name, kind, part.start, part.end, unit, {"layer": part.layer})
         )
     return events
 
 
-def _named(what: str, pid: int, tid: int, name: str) -> Event:
+def named(what: str, pid: int, tid: int, name: str) -> Event:
+    """Gives process `pid` ("process_name") or one of its threads ("thread_name") a name."""
     return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}}
 
 
-def _complete(
+def complete(
     pid: int, tid: int, name: str, category: str, start: float, end: float, unit: float, args: dict[str, Any]
 ) -> Event:
+    """Something from `start` to `end`, in units of `unit` seconds; `args` are shown when it is clicked on."""
     micro = unit * 1e6
     return {
         "ph": "X", "pid": pid, "tid": tid, "name": name, "cat": category,
