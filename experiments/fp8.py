@@ -41,7 +41,8 @@ def settings(seed: int, steps: int, out: str = "", dtype: str = "bf16", fp8: boo
 
     Widths are whole tiles of 128 but for kv_a_proj's 160 outputs (V3's are 576, not whole tiles either).
     """
-    from dsv3_book.train.config import Batch, Every, Optim, Text, preset
+    from dsv3_book.train.config import Batch, Every, Optim, Text
+    from dsv3_book.train.presets import preset
 
     laptop = preset("laptop")
     model = laptop.model.replace(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dsv3_book.train.config import Batch, Every, Optim, Text, TrainConfig, preset
+from dsv3_book.train.config import Batch, Every, Optim, Text, TrainConfig
+from dsv3_book.train.presets import preset
 
 TIMING = ("tokens_per_second",)
 

@@ -17,7 +17,8 @@ from dsv3_book import checkpoint
 from dsv3_book.model.router import Routing
 from dsv3_book.optim import clip_by_global_norm, global_norm
 from dsv3_book.parallel import DataParallel, PeerError
-from dsv3_book.train.config import Every, Text, preset
+from dsv3_book.train.config import Every, Text
+from dsv3_book.train.presets import preset
 from dsv3_book.train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed

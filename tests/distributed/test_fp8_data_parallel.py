@@ -8,7 +8,8 @@ import torch
 from test_data_parallel import assert_same_curve, train
 from trainkit import lines, small
 
-from dsv3_book.train.config import Text, preset
+from dsv3_book.train.config import Text
+from dsv3_book.train.presets import preset
 
 pytestmark = pytest.mark.distributed
 

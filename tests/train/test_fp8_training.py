@@ -9,7 +9,8 @@ from trainkit import lines, small
 
 from dsv3_book import checkpoint
 from dsv3_book.checkpoint import CheckpointError
-from dsv3_book.train.config import Every, Optim, TrainConfig, from_command_line, preset
+from dsv3_book.train.config import Every, Optim, TrainConfig
+from dsv3_book.train.presets import from_command_line, preset
 from dsv3_book.train.trainer import Trainer
 
 

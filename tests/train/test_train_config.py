@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dsv3_book.config import ModelConfig
-from dsv3_book.train.config import PRESETS, Batch, TrainConfig, from_command_line, preset
+from dsv3_book.train.config import Batch, TrainConfig
+from dsv3_book.train.presets import PRESETS, from_command_line, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dsv3_book.optim.adamw import adamw, optimizer_tensors
 from dsv3_book.optim.clip import clip_by_global_norm
-from dsv3_book.optim.shards import Kind, Shards
+from dsv3_book.optim.shards import Kind, Shard, Shards
 from dsv3_book.parallel.buckets import BUCKET
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -133,11 +133,15 @@ class ZeRO1:
         for p in [p for _, p in self.shards.named()] + [s.weight for s in self.shards.pieces()]:
             p.grad = None
 
+    def parts(self) -> list[Shard]:
+        """What this rank updates: its pieces of the parameters; without ZeRO every parameter, whole."""
+        if self.zero:
+            return self.shards.pieces()
+        return [Shard(name, 0, p.numel(), p, p, 0) for name, p in self.shards.named()]
+
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 weights that this rank updates, by name and range (without ZeRO: all, by name)."""
-        if not self.zero:
-            return dict(self.shards.named())
-        return {s.key: s.weight for s in self.shards.pieces()}
+        """The fp32 weights that this rank updates, by name and range."""
+        return {s.key: s.weight for s in self.parts()}
 
     def gather_weights(self) -> None:
         """Makes the parameters of all ranks what the master weights are now (after a change of these)."""

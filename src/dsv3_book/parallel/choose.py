@@ -18,18 +18,19 @@ def make_dispatch(
     *,
     fp8: bool = False,
     asynchronous: bool = True,
+    direct: bool = False,
     transport: Transport | None = None,
     max_tokens: int | None = None,
 ) -> Dispatch:
     """The dispatch of this process's expert parallel group: local if ep is 1; by DeepEP on NCCL where it is installed
-    and `max_tokens` is given (see there; rows must then be bf16); else in two hops over several nodes, direct on one.
-    A transport, since it is there to be watched, keeps DeepEP out."""
+    and `max_tokens` is given (see there; rows must then be bf16); else in two hops over several nodes, direct on one
+    and, if `direct`, on any number. A transport, since it is there to be watched, keeps DeepEP out."""
     group = mesh.ep
     if mesh.layout.ep == 1 or group is None:
         return LocalDispatch(num_experts)
     if max_tokens and transport is None and dist.get_backend(group) == "nccl" and deep_ep.available():
         return deep_ep.DeepEp(group, num_experts, max_tokens, fp8=fp8)
-    if mesh.layout.axes["across"] > 1:
+    if mesh.layout.axes["across"] > 1 and not direct:
         return TwoHop(mesh, num_experts, fp8=fp8, asynchronous=asynchronous, transport=transport)
     per_node = mesh.layout.ranks_per_node
     return AllToAll(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -33,15 +34,19 @@ class DataParallel:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @staticmethod
-    def from_environment() -> DataParallel:
-        """The processes that `torchrun` started (one, if it didn't), joined over NCCL if each has a GPU, else gloo."""
+    def from_environment(timeout: float | None = None) -> DataParallel:
+        """The processes that `torchrun` started (one, if it didn't), joined over NCCL if each has a GPU, else gloo.
+
+        timeout: seconds that a message between them may take (None: torch's own, half an hour on gloo).
+        """
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            limit = timedelta(seconds=timeout) if timeout else None
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
         return DataParallel(rank, size, None, device)
 
     def close(self) -> None:

@@ -118,6 +118,13 @@ class Mesh:
     def node(self) -> int:
         return self.layout.node(self.rank)
 
+    def close(self) -> None:
+        """Gives up the groups. Processes that go on with another mesh must: torch names a group that only its members
+        ask for after how many groups each of them has, so what one kept, another would wait for."""
+        for group in {id(group): group for group in self.groups.values() if group is not None}.values():
+            dist.destroy_process_group(group)
+        self.groups.clear()
+
     def holders(self, expert: bool, mirrored: bool = False) -> dist.ProcessGroup | None:
         """A group of the ranks that hold the same parameters (see `Layout.holders`). All of them must ask for it, in
         one order."""
@@ -156,6 +163,8 @@ def make_mesh(
         return Mesh(layout, 0, dict.fromkeys(GROUPS), None)
     limit = timedelta(seconds=timeout) if timeout else default_timeout()
     groups = {name: _mine([dist.new_group(ranks, limit) for ranks in layout.partition(name)]) for name in GROUPS}
+    if pp > 1 and dist.get_backend() == "nccl":  # for what travels back: see `pipeline/transfers.py`
+        groups["pp back"] = _mine([dist.new_group(ranks, limit) for ranks in layout.partition("pp")])
     grid = torch.arange(world).view(*layout.axes.values())
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
     devices = DeviceMesh.from_group(

@@ -184,7 +184,7 @@ def make_schedule(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
         ValueError: an unknown name, or numbers that the schedule can't do (they and the remedy are named).
     """
     P, M = num_ranks, num_microbatches
-    _check_numbers(name, P, M)
+    check_numbers(name, P, M)
     all_of_them, down, up = range(M), range(M // 2), range(M // 2, M)
     actions: list[list[Action | Pair]] = []
     for rank in range(P):
@@ -261,7 +261,8 @@ def spell(words: Iterable[str], lanes: Sequence[tuple[int, Sequence[int]]]) -> l
     return spelled
 
 
-def _check_numbers(name: str, P: int, M: int) -> None:
+def check_numbers(name: str, P: int, M: int) -> None:
+    """Raises ValueError, naming the remedy, if there is no schedule of that name for P ranks and M micro-batches."""
     if name not in SCHEDULES:
         raise ValueError(f"no schedule is called {name!r}; there are {', '.join(SCHEDULES)}")
     wrong = ""

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
-from dsv3_book.generate import write
+from dsv3_book.generate import load, write
 from dsv3_book.parallel import DataParallel, PeerError
-from dsv3_book.train.config import from_command_line
 from dsv3_book.train.folder import choose_dtype
+from dsv3_book.train.presets import from_command_line
 from dsv3_book.train.trainer import NonFinite, Trainer
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             config = from_command_line(argv, speak)
-            parallel = DataParallel.from_environment()
+            parallel = DataParallel.from_environment(config.parallel.timeout)
             config = dataclasses.replace(config, dtype=choose_dtype(config.dtype, parallel.device))
             trainer = Trainer(config, parallel)
         except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         elif speak:
             print(f"\nA sample after {config.prompt!r}:\n", flush=True)
-            write(trainer.model, trainer.data.tokenizer, config.prompt, max_tokens=200, temperature=0.8, top_p=0.95)
+            write(*load(config.out), config.prompt, max_tokens=200, temperature=0.8, top_p=0.95)
         return 0
     finally:
         if parallel is not None:

@@ -1,29 +1,23 @@
-"""The settings of a training run: typed, grouped, with presets, and a command line made from them.
-
-All knobs of all presets are in this file. A run's settings are its preset's, changed by what the command line names
-(`--optim.lr 1e-3`, `--model.num-hidden-layers 6`); `python -m dsv3_book.train --help` lists them.
-"""
+"""The settings of a training run: typed, in groups, checked. `train/presets.py` gives them their values."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from dsv3_book.config import PRESETS as MODELS
 from dsv3_book.config import ModelConfig, RopeScaling
-from dsv3_book.train.recipe import REPORT_TOKENS, Recipe, tokens_in
+from dsv3_book.parallel.mesh import Layout
+from dsv3_book.pipeline.schedule import check_numbers
+from dsv3_book.train.recipe import Recipe, tokens_in
 
 Dtype = Literal["auto", "fp32", "bf16"]
 Moments = Literal["auto", "fp32", "bf16"]
+ScheduleName = Literal["auto", "1f1b", "zb1p", "chimera", "dualpipe", "dualpipev"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,8 @@ class Optim:
     """The gradient's largest global norm."""
     moments: Moments = "auto"
     """In what AdamW's two moments rest between steps; auto: bf16 with --fp8, else fp32."""
+    ema: float = 0.999
+    """Decay of the average of the weights that is kept in CPU memory; 0: keep none."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +105,26 @@ class Every:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """How the processes share the work. Those that pp leaves over, world / pp, work data parallel (dp)."""
+
+    pp: int = 1
+    """Pipeline ranks: each holds some of the layers."""
+    ep: int = 1
+    """Data parallel ranks that hold the experts together, each a part of them."""
+    schedule: ScheduleName = "auto"
+    """Of the pipeline; auto: dualpipe, and for one rank 1f1b."""
+    dispatch: Literal["auto", "direct"] = "auto"
+    """How tokens travel to experts; auto: in two hops where the experts are on several nodes, direct on one."""
+    ranks_per_node: int | None = None
+    """Processes on a node, as the launcher says if not given. Another number plays several nodes on one machine."""
+    zero: bool = True
+    """ZeRO-1: the optimiser's state is shared out among the ranks that hold the same weights."""
+    timeout: float = 600.0
+    """Seconds to wait for another process before giving up."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a DeepSeek-V3-shaped model. Run again with the same --out, and it resumes."""
 
@@ -126,11 +142,24 @@ class TrainConfig:
     """Files, folders and globs of text; none: the Python standard library's source."""
     seed: int = 0
     """Of the initial weights and of the order of sequences."""
+    recompute: bool = False
+    """Compute RMSNorm and MLA's up-projections again in backward instead of keeping them (report §3.2.3)."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is infinite or NaN: stop, or leave that step out and go on."""
+    init: Path | None = None
+    """A folder in the released format, whose weights a new run begins with."""
     pause_at: int | None = None
     """Stop after this step as Ctrl-C would: save, and leave the rest for the next start."""
+    profile: int | None = None
+    """Write a trace of this step, for ui.perfetto.dev."""
+    dry_run: bool = False
+    """Train nothing: build the job of --world processes without memory, and say what it needs and how fast it goes."""
+    world: int | None = None
+    """With --dry-run: how many processes."""
     prompt: str = "def "
     """What the sample at the end begins with."""
     model: tyro.conf.FlagConversionOff[ModelConfig] = field(default_factory=ModelConfig)
+    parallel: tyro.conf.FlagConversionOff[Parallel] = field(default_factory=Parallel)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     balance: Balance = field(default_factory=Balance)
@@ -154,6 +183,10 @@ class TrainConfig:
                 f"batch.sequence_length {b.sequence_length} must lie between 1 and the model's max_position_embeddings "
                 f"({self.model.max_position_embeddings})"
             )
+        if not 0 <= self.optim.ema < 1:
+            raise ValueError(f"optim.ema must be at least 0 (no average) and less than 1, got {self.optim.ema}")
+        if not self.parallel.timeout > 0:
+            raise ValueError(f"parallel.timeout must be positive, got {self.parallel.timeout} seconds")
         self.recipe()
 
     @property
@@ -179,13 +212,42 @@ class TrainConfig:
             mtp_weight_late=self.balance.mtp_weight_late,
         )
 
-    def check_processes(self, size: int) -> None:
-        """Raises ValueError if the batch does not divide among `size` processes."""
-        if self.batch.multiple % (self.batch.micro * size):
+    @property
+    def schedule(self) -> str:
+        """The pipeline's schedule, by name."""
+        if self.parallel.schedule != "auto":
+            return self.parallel.schedule
+        return "dualpipe" if self.parallel.pp > 1 else "1f1b"
+
+    def layout(self, world: int, ranks_per_node: int | None = None) -> Layout:
+        """Where each of `world` processes stands.
+
+        ranks_per_node: what the launcher says; `parallel.ranks_per_node` goes before it.
+
+        Raises:
+            ValueError: the processes, the experts or any step's micro-batches don't divide so, or the schedule can't do
+                their number; with the numbers and the remedy.
+        """
+        p, b = self.parallel, self.batch
+        if p.pp < 1 or world % p.pp:
+            raise ValueError(f"{world} processes don't divide into pipelines of parallel.pp = {p.pp}: change either")
+        layout = Layout(p.pp, world // p.pp, p.ep, p.ranks_per_node or ranks_per_node or world)
+        if self.model.n_routed_experts % p.ep:
+            raise ValueError(f"{self.model.n_routed_experts} experts don't divide among parallel.ep = {p.ep} ranks")
+        if b.multiple % (b.micro * layout.dp):
             raise ValueError(
-                f"batch.multiple ({self.batch.multiple} sequences) does not divide among {size} processes in "
-                f"micro-batches of batch.micro ({self.batch.micro}): lower batch.micro or raise batch.multiple"
+                f"batch.multiple ({b.multiple} sequences) does not divide among {layout.dp} data parallel processes in "
+                f"micro-batches of batch.micro ({b.micro}): lower batch.micro or raise batch.multiple"
             )
+        for size in range(b.start, b.end + 1, b.multiple):
+            try:
+                check_numbers(self.schedule, p.pp, size // (b.micro * layout.dp))
+            except ValueError as error:
+                raise ValueError(
+                    f"a step of {size} sequences over dp = {layout.dp} in micro-batches of {b.micro}: {error} (lower "
+                    "batch.micro, raise batch.start and batch.multiple, or choose another parallel.schedule)"
+                ) from None
+        return layout
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values; `from_dict(c.to_dict()) == c`."""
@@ -196,6 +258,7 @@ class TrainConfig:
         """The settings that `to_dict` wrote. Raises ValueError on keys that are none."""
         raw = dict(raw)
         groups = {"batch": Batch, "optim": Optim, "balance": Balance, "text": Text, "every": Every}
+        groups |= {"parallel": Parallel}
         try:
             for name, group in groups.items():
                 raw[name] = group(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw[name].items()})
@@ -203,7 +266,8 @@ class TrainConfig:
             if model["rope_scaling"]:
                 model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
             raw["model"] = ModelConfig(**model)
-            return TrainConfig(**raw | {"out": Path(raw["out"]), "data": tuple(raw["data"])})
+            paths = {name: Path(raw[name]) if raw[name] is not None else None for name in ("out", "init")}
+            return TrainConfig(**raw | paths | {"data": tuple(raw["data"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"these are not the settings of a run of this version of dsv3_book: {error}") from None
 
@@ -213,74 +277,3 @@ def moments_for(asked: str, fp8: bool) -> str:
     if asked != "auto":
         return asked
     return "bf16" if fp8 else "fp32"
-
-
-def _v3(model: str) -> dict[str, Any]:
-    """The report's schedule (§4.2) for 14.8T tokens, whatever the model."""
-    cfg = MODELS[model].replace(max_position_embeddings=4096, rope_scaling=None)  # pre-training is at length 4096
-    b = Batch()
-    steps = round(100_000 * REPORT_TOKENS / tokens_in(100_000, b.sequence_length, b.start, b.end, b.multiple))
-    every, optim = Every(1000, 2, 1000, 4096), Optim(moments="bf16")  # moments: report §3.3
-    return {"model": cfg, "steps": steps, "dtype": "bf16", "every": every, "optim": optim}
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # A gentle learning rate: layouts are compared with it, and what rounding makes of one step grows with the rate
-    # (measured here over 20 steps: two processes stay within 2e-6 of one; at three times the rate up to 1e-1 apart).
-    "tiny": {
-        "model": MODELS["tiny"],
-        "steps": 20,
-        "dtype": "fp32",
-        "batch": Batch(sequence_length=32, start=8, end=16, multiple=8, micro=2),
-        "optim": Optim(lr=1e-3, warmup_steps=3),
-        "text": Text(max_bytes=400_000, held_out=0.1),
-        "every": Every(checkpoint=10, validation=10, validation_windows=8),
-    },
-    # Our choice, tuned for about ten minutes on two cores.
-    "laptop": {
-        "model": MODELS["laptop"],
-        "steps": 900,
-        "batch": Batch(sequence_length=256, start=8, end=8, multiple=8, micro=4),
-        "optim": Optim(lr=2e-3, warmup_steps=50),
-        "balance": Balance(gamma=4e-3),
-        "text": Text(style="code"),
-        "every": Every(checkpoint=200, validation=100, validation_windows=64),
-    },
-    "v3-16b": _v3("v3-16b"),
-    "v3-671b": _v3("v3-671b"),
-}
-
-
-def preset(name: str, out: str | os.PathLike[str] | None = None, **changes: Any) -> TrainConfig:
-    """The settings of preset `name` for a run in `out` (else in runs/`name`), some of them changed."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return TrainConfig(**{"out": Path(out or f"runs/{name}"), "preset": name, **PRESETS[name], **changes})
-
-
-def from_command_line(argv: Sequence[str] | None = None, speak: bool = True) -> TrainConfig:
-    """The settings that a command line asks for; `--help` and unknown or malformed options end the program (status 2).
-
-    speak: whether to print help and errors (one process of several should).
-
-    Raises:
-        ValueError: an unknown preset, or values that don't fit together.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    name = "laptop"
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word.startswith("--preset"):
-            name = word.partition("=")[2] if "=" in word else following
-    default = preset(name)
-    with contextlib.ExitStack() as stack:
-        if not speak:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        return tyro.cli(
-            TrainConfig,
-            args=argv,
-            prog="python -m dsv3_book.train",
-            default=default,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
-        )

@@ -23,10 +23,12 @@ from torch import Tensor
 from dsv3_book import checkpoint
 from dsv3_book.data import Dataset, prepare
 from dsv3_book.parallel import DataParallel
+from dsv3_book.parallel.mesh import node_size
 from dsv3_book.train.config import Dtype, TrainConfig, moments_for
 
 SETTINGS, CHECKPOINTS = "run.json", "checkpoints"
-FREE = ("out", "pause_at", "prompt", "every")  # settings that change nothing that is computed
+# Settings that change nothing that is computed, or only how it is shared out.
+FREE = ("out", "pause_at", "prompt", "every", "profile", "dry_run", "world", "init", "on_nonfinite")
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 
@@ -39,7 +41,7 @@ class RunFolder:
         self.config, self.parallel, self.path = config, parallel, config.out
         self.checkpoints = self.path / CHECKPOINTS
         self.lock: FileLock | None = None
-        parallel.first(lambda: config.check_processes(parallel.size))
+        parallel.first(lambda: config.layout(parallel.size, node_size()))
         parallel.first(self._take)
 
     def say(self, message: str) -> None:

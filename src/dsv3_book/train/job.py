@@ -1,0 +1,177 @@
+"""The assembly: one process's mesh, pipeline, dispatch, optimiser and average of the weights, from a run's settings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3_book.costs import count
+from dsv3_book.model import Transformer
+from dsv3_book.model.experts import Experts
+from dsv3_book.model.router import Router
+from dsv3_book.optim.ema import EMA
+from dsv3_book.optim.kinds import kinds_of
+from dsv3_book.optim.shards import Shard
+from dsv3_book.optim.zero import ZeRO1
+from dsv3_book.parallel import DataParallel
+from dsv3_book.parallel.choose import make_dispatch
+from dsv3_book.parallel.mesh import Mesh, make_mesh, node_size
+from dsv3_book.parallel.transport import DelayedTransport
+from dsv3_book.pipeline.executor import Pipeline
+from dsv3_book.pipeline.schedule import Schedule, make_schedule
+from dsv3_book.slab import Slab, Value
+from dsv3_book.train.config import TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Job:
+    """What one process works with. All hold the same kinds of things, each its own part of them."""
+
+    config: TrainConfig
+    mesh: Mesh
+    pipeline: Pipeline
+    optimizer: ZeRO1
+    ema: EMA | None
+    transport: DelayedTransport | None  # what was sent between experts, where a step is to be profiled
+
+    def __post_init__(self) -> None:
+        self._schedule = cache(lambda M: make_schedule(self.config.schedule, self.config.parallel.pp, M))
+
+    def schedule(self, micro_batches: int) -> Schedule:
+        """The pipeline's schedule for so many micro-batches."""
+        return self._schedule(micro_batches)
+
+    @property
+    def model(self) -> Transformer:
+        """The whole model, where this process holds it.
+
+        Raises:
+            ValueError: it holds only some of the layers or experts; a checkpoint has all of them.
+        """
+        if self.config.parallel.ep > 1 or len(self.pipeline.stages) != self.pipeline.schedule.num_stages != 1:
+            raise ValueError("this process holds only a part of the model: load it from a checkpoint (generate.load)")
+        return next(iter(self.pipeline.stages.values()))  # type: ignore[return-value]
+
+    def numbers(self) -> int:
+        """Parameters of the whole model, MTP's included, each counted once."""
+        counts = count(self.config.model)
+        return counts.main + counts.mtp
+
+    def routers(self) -> Iterator[tuple[int, Router]]:
+        """The routers held here, each with its place in `Losses.load`."""
+        places = {name: place for place, name in enumerate(self.pipeline.router_names())}
+        for stage in self.pipeline.stages.values():
+            for name, router in stage.routers():  # type: ignore[operator]
+                yield places[name], router
+
+    # What a checkpoint holds -------------------------------------------------------------------------------------
+    def weights(self) -> dict[str, Tensor | Slab]:
+        """Parameters and routing biases held here, by their names in the whole model; some experts as a part of all."""
+        held = self._held()
+        state = {n: t for stage in self.pipeline.stages.values() for n, t in stage.state_dict().items()}
+        values: dict[str, Tensor | Slab] = dict(state)
+        for name, experts in held.items():
+            local = state[name]
+            whole = self.config.model.n_routed_experts, *local.shape[1:]
+            values[name] = Slab(local, whole, (experts.start, *[0] * (local.dim() - 1)))
+        return values
+
+    def tensors(self) -> dict[str, Value]:
+        """All that this process would lose, by name: weights, biases, the optimiser's state and the average. The last
+        two are flattened, for a rank's shard of them may be any stretches of a parameter's numbers."""
+        values: dict[str, Value] = {f"model.{name}": value for name, value in self.weights().items()}
+        flat: dict[str, list[Slab]] = defaultdict(list)
+        average = self.ema.tensors() if self.ema is not None else {}
+        for part in self.optimizer.parts():
+            state = self.optimizer.optimizer.state_of(part.weight)
+            values[f"optimizer.{part.name}.step"] = state["step"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                flat[f"optimizer.{part.name}.{key}"].append(self._flat(part, state[key]))
+            if self.ema is not None:
+                flat[f"ema.{part.name}"].append(self._flat(part, average[part.key]))
+        return values | flat
+
+    def _flat(self, part: Shard, value: Tensor) -> Slab:
+        """A stretch of a parameter's numbers, as a piece of the flattened whole."""
+        size, begin = part.parameter.numel(), part.begin
+        held = self._held().get(part.name)
+        if held is not None:
+            each = size // len(held)
+            size, begin = each * self.config.model.n_routed_experts, begin + each * held.start
+        return Slab(value.view(-1), (size,), (begin,))
+
+    def _held(self) -> dict[str, range]:
+        """The experts held here, by the name of each stack of their weights."""
+        return {
+            f"{module}.{name}": experts.held
+            for stage in self.pipeline.stages.values()
+            for module, experts in stage.named_modules()
+            if isinstance(experts, Experts)
+            for name, _ in experts.named_parameters()
+        }
+
+    def loaded(self) -> None:
+        """To be called when all of `tensors()` have been filled."""
+        self.optimizer.take_weights()
+
+    def close(self) -> None:
+        """Ends the average's thread and gives up the groups of processes."""
+        if self.ema is not None:
+            self.ema.close()
+        self.mesh.close()
+
+
+def assemble(config: TrainConfig, parallel: DataParallel) -> Job:
+    """This process's job. All processes must call it.
+
+    Raises:
+        ValueError: the settings don't fit the number of processes, or each other.
+    """
+    p, o, cfg = config.parallel, config.optim, config.model
+    layout = config.layout(parallel.size, node_size())
+    mesh = make_mesh(p.pp, layout.dp, p.ep, layout.ranks_per_node, p.timeout)
+    transport = DelayedTransport(parts=()) if config.profile is not None else None
+    each = cfg.n_routed_experts // p.ep
+    dispatch = make_dispatch(
+        mesh,
+        cfg.n_routed_experts,
+        fp8=config.fp8,
+        direct=p.dispatch == "direct",
+        transport=transport,
+        max_tokens=config.batch.micro * config.batch.sequence_length if config.dtype == "bf16" else None,
+    )
+    # Any number of micro-batches gives the ranks the same stages; the first step's will do.
+    first = config.batch.start // (config.batch.micro * layout.dp)
+    pipeline = Pipeline(
+        cfg,
+        make_schedule(config.schedule, p.pp, first),
+        mesh.pp,
+        seed=config.seed,
+        compute_dtype=DTYPES[config.dtype],
+        dispatch=dispatch,
+        experts=range(mesh.index("ep") * each, (mesh.index("ep") + 1) * each) if p.ep > 1 else None,
+        opposite=mesh.groups.get("pp back"),
+        timeout=timedelta(seconds=p.timeout),
+        device=parallel.device,
+    )
+    for stage in pipeline.stages.values():
+        stage.set_recompute(config.recompute)  # type: ignore[operator]
+    if config.fp8:
+        from dsv3_book.fp8.layers import use_fp8
+
+        use_fp8(pipeline)
+    world = dist.group.WORLD if dist.is_initialized() else None
+    optimizer = ZeRO1(
+        kinds_of(pipeline, mesh), world, o.lr, o.betas, o.eps, o.weight_decay, config.moments, zero=p.zero
+    )
+    ema = EMA(optimizer.masters(), o.ema) if o.ema else None
+    return Job(config, mesh, pipeline, optimizer, ema, transport)
