@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsv3_book.interop as interop
+from dsv3_book import fill
 from dsv3_book.config import ModelConfig
 from dsv3_book.interop import load_pretrained, save_pretrained
 from dsv3_book.model import Transformer
@@ -254,7 +255,7 @@ def test_loading_holds_no_more_than_the_model_and_one_tensor(tmp_path, monkeypat
 
     save_pretrained(Transformer(TINY), tmp_path / "c", shard_bytes=30_000)
     alive: list[weakref.ref] = []
-    original = interop.read
+    original = fill.read
 
     def counted(file, name, path):
         assert not any(ref() is not None for ref in alive), "a tensor read earlier is still held"
@@ -262,6 +263,6 @@ def test_loading_holds_no_more_than_the_model_and_one_tensor(tmp_path, monkeypat
         alive[:] = [weakref.ref(tensor)]
         return tensor
 
-    monkeypatch.setattr(interop, "read", counted)
+    monkeypatch.setattr(fill, "read", counted)
     load_pretrained(tmp_path / "c")
     assert alive

@@ -12,8 +12,6 @@ from typing import Annotated
 import torch
 import tyro
 
-from dsv3_book import checkpoint
-from dsv3_book.config import ModelConfig, RopeScaling
 from dsv3_book.data import Tokenizer
 from dsv3_book.inference.cache import LatentCache
 from dsv3_book.inference.sampling import sample
@@ -96,14 +94,9 @@ def load(folder: Path) -> tuple[Transformer, Tokenizer]:
         ValueError: damaged checkpoints or weights.
     """
     if (folder / "checkpoints").is_dir():
-        found = checkpoint.latest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
-        if found is None:
-            raise FileNotFoundError(f"{folder} has no checkpoint yet: train at least to the first one")
-        path, state = found
-        fields = state["config"]["model"]
-        scaling = RopeScaling(**fields["rope_scaling"]) if fields["rope_scaling"] else None
-        model = Transformer(ModelConfig(**{**fields, "rope_scaling": scaling}))
-        checkpoint.load(path, {f"model.{name}": value for name, value in model.state_dict().items()})
+        from dsv3_book.export import load_run
+
+        model, _ = load_run(folder)
     elif (folder / "config.json").is_file():
         from dsv3_book.interop import load_pretrained
 

@@ -9,14 +9,14 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsv3_book.config import ModelConfig
-from dsv3_book.fp8 import dequantize_weight, quantize_weight
+from dsv3_book.fill import fill, weight
+from dsv3_book.fp8 import quantize_weight
 from dsv3_book.model import Transformer
 from dsv3_book.released import (
     CONFIG,
@@ -42,6 +42,8 @@ from dsv3_book.released import (
     weight_files,
     write_json,
 )
+
+__all__ = ["fill", "load_pretrained", "save_pretrained"]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, FP8: torch.bfloat16}  # what a model holds for each
 
@@ -93,10 +95,7 @@ def load_pretrained(
                 if ours not in loaded:
                     loaded[ours] = torch.empty(state[ours].shape, dtype=kinds[ours])
                 place = loaded[ours] if row is None else loaded[ours][row]
-                if name in scales:
-                    place.copy_(dequantize_weight(read(file, name, path), _scale(file, name, path, scales[name][0])))
-                else:
-                    place.copy_(read(file, name, path))
+                place.copy_(weight(file, name, path, scales))
     for ours, tensor in loaded.items():
         _assign(model, ours, tensor)
     _check_copies(model, found, copies)
@@ -124,14 +123,6 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor)
     else:
         module._buffers[leaf] = tensor
-
-
-def _scale(file: Any, name: str, path: Path, where: Path) -> Tensor:
-    """The scales of an FP8 weight, in the weight's own file or, where a folder was cut up otherwise, in another."""
-    if where == path:
-        return read(file, name + SCALE, path)
-    with open_file(where) as other:
-        return read(other, name + SCALE, where)
 
 
 def _check_names(model: Transformer, directory: Path, found: dict[Path, Header], skipped: set[str]) -> None:

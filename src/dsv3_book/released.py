@@ -26,7 +26,7 @@ from dsv3_book.model import Transformer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _OURS = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d+-of-\d+\.safetensors")
-_STACKED = re.compile(r"\.experts\.(gate|up|down)_proj$")
+STACKED = re.compile(r"\.experts\.(gate|up|down)_proj$")
 
 FP8, SCALE, BLOCK = "F8_E4M3", "_scale_inv", 128
 QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK] * 2}
@@ -42,7 +42,7 @@ def released_names(model: Transformer) -> dict[str, tuple[str, int | None]]:
     names: dict[str, tuple[str, int | None]] = {}
     for ours, tensor in tensors_of(model).items():
         theirs = ours if ours.startswith("lm_head.") else f"model.{ours}"
-        if _STACKED.search(ours):
+        if STACKED.search(ours):
             stem, _, matrix = theirs.rpartition(".")
             names |= {f"{stem}.{e}.{matrix}.weight": (ours, e) for e in range(tensor.shape[0])}
         else:
