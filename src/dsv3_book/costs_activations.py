@@ -2,8 +2,8 @@
 
 A chunk's activations live from its forward to its input gradient (I, or a whole B). What is counted here is what *our*
 code holds on a GPU in that time: what autograd saves, what `ops.recomputed` computes again from, the inputs of a
-`Cut`, and the tables of an all-to-all. `tests/train/test_dry_run.py` holds it against every byte that is really alive
-after a forward, at small sizes. Four of the rows are not in the report's account (§3.2.3, §3.3.3): see `AVOIDABLE`.
+`Cut`, and the tables of an all-to-all. `tests/test_costs_activations.py` holds it against every byte that is really
+alive after a forward, at small sizes. Four of the rows are not in the report's account (§3.2.3, §3.3.3): `AVOIDABLE`.
 
 Loads are taken as balanced: as many token-slots arrive at a rank's experts as leave it, `tokens` · K.
 """
@@ -20,7 +20,7 @@ ROWS = "rows as they arrived at experts"
 ROUTER_INPUT = "router's input in fp32"
 ATTENTION_OUTPUT = "attention's output"
 HEAD_GRADIENT = "head's weight gradient"
-# Held by our code though the report's run must have done without (with FP8 and recomputation on), and why.
+# Held by our code though the report's account has nothing like it, and why.
 AVOIDABLE = {
     ROWS: "a Cut holds its inputs until backward, though the experts keep their FP8 codes",
     ROUTER_INPUT: "the router's product saves a copy of the normalised input that recomputation doesn't cover",
@@ -48,9 +48,16 @@ class Numbers:
         """Whether a weight is copied for use."""
         return self.weights != self.dtype
 
-    def kept(self, width: int) -> float:
+    def kept(self, width: int) -> int:
         """Bytes of a product's input, a row of this width: itself, or its codes with their scales."""
         return codes(width) if self.fp8 else width * self.size
+
+    @property
+    def avoidable(self) -> list[str]:
+        """Which of AVOIDABLE could be done without: without FP8 rows and attention's output are products' inputs, and
+        without recomputation so is what the router reads."""
+        needed = [*([] if self.fp8 else [ROWS, ATTENTION_OUTPUT]), *([] if self.recompute else [ROUTER_INPUT])]
+        return [name for name in AVOIDABLE if name not in needed]
 
 
 def codes(width: int) -> int:
@@ -68,7 +75,7 @@ def kept_by_layer(
     """
     n = numbers or Numbers()
     d, size, T = cfg.hidden_size, n.size, tokens
-    found = Counter({"residual stream": 2 * T * d * size})
+    found: Counter[str] = Counter({"residual stream": 2 * T * d * size})
     found += _attention(cfg, T, n)
     found["norms"] += 4 * T + d * size * n.casts
     if not cfg.is_moe_layer(index):
