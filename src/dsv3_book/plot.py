@@ -114,6 +114,65 @@ def finish(fig: Any, *, alt: str, caption: str = "", name: str = "") -> Picture:
     return Picture(buffer.getvalue(), round(fig.get_size_inches()[0] * 100), alt, " ".join(caption.split()), name)
 
 
+# For pages that follow the reader's choice of light or dark: each colour's name in CSS, and what it is in the dark.
+_DARK = {
+    BLUE: ("blue", "#5AA5F0"),
+    ORANGE: ("orange", "#E8A317"),
+    GREEN: ("green", "#3DBB88"),
+    RED: ("red", "#EE7B55"),
+    PURPLE: ("purple", "#D99AC3"),
+    SKY: ("sky", "#86CDF5"),
+    GREY: ("grey", "#A3A9B1"),
+    LIGHT: ("light", "#3A4048"),
+    INK: ("ink", "#E6E8EB"),
+    CARD: ("card", "#1D2126"),
+}
+
+
+def theme() -> str:
+    """CSS that gives the colours in what :func:`svg` makes (``--ink``, ``--card`` …) their values, light and dark."""
+    light = "".join(f"--{name}:{color};" for color, (name, _) in _DARK.items())
+    dark = "".join(f"--{name}:{color};" for name, color in _DARK.values())
+    return (
+        f":root{{color-scheme:light dark;{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+        ".figure{width:100%;height:auto;background:var(--card);border-radius:6px}"
+        ".figure *{stroke-linejoin:round;stroke-linecap:butt}"
+    )
+
+
+def svg(fig: Any, *, alt: str, name: str) -> str:
+    """A figure as an ``<svg>`` to be put into a page beside :func:`theme`: lines and letters, in the page's colours.
+
+    Args:
+        alt: what it shows, as for :func:`finish`.
+        name: unlike that of any other figure on the page.
+
+    Raises:
+        ValueError: as :func:`finish`.
+    """
+    import re
+
+    import matplotlib
+
+    for number, ax in enumerate(fig.axes):
+        _check_axis(ax, number)
+    if len(alt) < 20:
+        raise ValueError(f"alt={alt!r} is too short to tell what the figure shows")
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        fig.savefig(buffer, format="svg", dpi=200, facecolor="none", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    for color, (css, _) in _DARK.items():
+        text = re.sub(rf"{color}\b", f"var(--{css})", text, flags=re.IGNORECASE)
+    text = text.replace("'DejaVu Sans'", "'DejaVu Sans',Verdana,sans-serif")
+    size = re.search(r'viewBox="[^"]*"', text)
+    head = f'<svg class="figure" role="img" aria-label="{html.escape(alt)}" {size[0] if size else ""} '
+    return head + 'xmlns:xlink="http://www.w3.org/1999/xlink">' + text[text.index(">") + 1 :].strip()
+
+
 def _check_axis(ax: Any, number: int) -> None:
     if not ax.axison or ax.get_label() == "<colorbar>":
         return
