@@ -54,7 +54,7 @@ def find_spikes(steps: Sequence[int] | np.ndarray, losses: Sequence[float] | np.
     judged = range(FEWEST, len(loss))
     usual, rise = np.empty(len(loss)), np.full(len(loss), -np.inf)
     begin = [slice(i, i + 1) for i in judged if i < WINDOW]  # these have fewer steps before them
-    for these in begin + [slice(i, i + BLOCK) for i in range(WINDOW, len(loss), BLOCK)]:
+    for these in begin + [slice(i, min(i + BLOCK, len(loss))) for i in range(WINDOW, len(loss), BLOCK)]:
         width = min(these.start, WINDOW)
         before = np.lib.stride_tricks.sliding_window_view(loss[these.start - width : these.stop - 1], width)
         now = loss[these]
