@@ -135,7 +135,7 @@ def theme() -> str:
     dark = "".join(f"--{name}:{color};" for name, color in _DARK.values())
     return (
         f":root{{color-scheme:light dark;{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
-        ".figure{width:100%;height:auto;background:var(--card);border-radius:6px}"
+        ".figure{width:100%;height:auto;background:var(--card);border-radius:6px;padding:.4em .5em}"
         ".figure *{stroke-linejoin:round;stroke-linecap:butt}"
     )
 

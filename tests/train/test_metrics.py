@@ -122,7 +122,7 @@ def test_tensorboard_has_scalars_of_each_router_and_heat_maps(tmp_path) -> None:
             load = torch.tensor([[4.0, 4.0, 4.0, 4.0], [0.0, 4.0 * step, 2.0, 2.0]])
             run.step({"step": step, "tokens": step, **LINE}, load)
             if step % 2 == 0:
-                run.validation({"step": step, **VALIDATION, "val_loss_ema": 0.5})
+                run.validation({"step": step, **VALIDATION, "val_loss_ema": 0.5, "val_xz_bits_per_byte": None})
     found = board(tmp_path)
     second = [(event.step, round(event.value, 4)) for event in found.Scalars(f"max_violation/{ROUTERS[1]}")]
     assert second == [(1, 1.0), (2, 1.6667), (3, 2.0), (4, 2.2)]

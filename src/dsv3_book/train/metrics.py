@@ -129,7 +129,7 @@ class Metrics:
             return
         self.file.write(line)
         for name, value in line.items():
-            if name.startswith("val_") and name != "val_tokens":
+            if name.startswith("val_") and name != "val_tokens" and value is not None:
                 self.board.add_scalar(f"validation/{name}", value, line["step"])
         if self.load is not None:
             picture = pixels(load_figure(self.load, [label(name) for name in self.routers]))
