@@ -10,7 +10,7 @@ import pytest
 from dsv3_book.train.config import Batch, Every, Optim, Text, TrainConfig
 from dsv3_book.train.presets import preset
 
-TIMING = ("tokens_per_second",)
+TIMING = ("tokens_per_second", "bubble", "memory", "mfu")
 
 
 def write_corpus(folder: Path, files: int = 24) -> Path:

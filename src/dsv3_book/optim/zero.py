@@ -15,7 +15,7 @@ number: the results are equal bit for bit. `zero=False` does that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class ZeRO1:
     lr, betas, eps, weight_decay, moments: see `adamw`.
     zero: False for plain data parallelism, with fp32 weights.
     bucket: numbers in a bucket.
+    make: what makes the optimiser of the shards, called as `adamw` is. `tensors` and `load` know AdamW's state only.
 
     With ZeRO the parameters are views of their kind's row. To move them (`model.to`) or give them other memory is an
     error that the next step finds; filling them in place (`load_state_dict`) is fine, followed by `take_weights()`
@@ -71,6 +72,7 @@ class ZeRO1:
         weights: str = "fp32",
         zero: bool = True,
         bucket: int = BUCKET,
+        make: Callable[..., Any] = adamw,
     ) -> None:
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
@@ -88,7 +90,7 @@ class ZeRO1:
         if zero:
             named = [(s.key, s.weight) for s in pieces] or [("nothing", nn.Parameter(torch.zeros(0)))]
             dims = {"nothing": 0} | {s.key: s.parameter.dim() for s in pieces}
-        self.optimizer = adamw(named, lr, betas, eps, weight_decay, moments, dims)
+        self.optimizer = make(named, lr, betas, eps, weight_decay, moments, dims)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
+from dsv3_book.checkpoint import SaveError
 from dsv3_book.generate import load, write
 from dsv3_book.parallel import DataParallel, PeerError
+from dsv3_book.train.config import TrainConfig
 from dsv3_book.train.folder import choose_dtype
+from dsv3_book.train.preflight import preflight
 from dsv3_book.train.presets import from_command_line
+from dsv3_book.train.report import write_report
 from dsv3_book.train.trainer import NonFinite, Trainer
 
 
@@ -23,8 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             config = from_command_line(argv, speak)
+            if config.dry_run:
+                return plan(config, speak)
             parallel = DataParallel.from_environment(config.parallel.timeout)
             config = dataclasses.replace(config, dtype=choose_dtype(config.dtype, parallel.device))
+            preflight(config, parallel)
             trainer = Trainer(config, parallel)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             return complain(error, 2, speak or parallel is not None)
@@ -33,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer.folder.say(trainer.describe())
         try:
             finished = trainer.run()
-        except NonFinite as error:
+        except (NonFinite, SaveError) as error:
             return complain(error, 1, speak)
         if not finished:
             trainer.folder.say(
@@ -41,12 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "The same command goes on from there."
             )
         elif speak:
+            trainer.folder.say(f"the report of the run: {write_report(config.out)}")
             print(f"\nA sample after {config.prompt!r}:\n", flush=True)
             write(*load(config.out), config.prompt, max_tokens=200, temperature=0.8, top_p=0.95)
         return 0
     finally:
         if parallel is not None:
             parallel.close()
+
+
+def plan(config: TrainConfig, speak: bool) -> int:
+    """Says what the run would need, and how fast it would go; one process does."""
+    from dsv3_book.train.dry_run import dry_run
+
+    if speak:
+        dry_run(config, config.world)
+    return 0
 
 
 def complain(error: Exception, status: int, speak: bool) -> int:

@@ -14,6 +14,7 @@ from dsv3_book.config import ModelConfig, RopeScaling
 from dsv3_book.parallel.mesh import Layout
 from dsv3_book.pipeline.schedule import check_numbers
 from dsv3_book.train.recipe import Recipe, tokens_in
+from dsv3_book.train.swaps import Swap
 
 Dtype = Literal["auto", "fp32", "bf16"]
 Moments = Literal["auto", "fp32", "bf16"]
@@ -160,6 +161,7 @@ class TrainConfig:
     """What the sample at the end begins with."""
     model: tyro.conf.FlagConversionOff[ModelConfig] = field(default_factory=ModelConfig)
     parallel: tyro.conf.FlagConversionOff[Parallel] = field(default_factory=Parallel)
+    swap: Swap = field(default_factory=Swap)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     balance: Balance = field(default_factory=Balance)
@@ -239,7 +241,8 @@ class TrainConfig:
                 f"batch.multiple ({b.multiple} sequences) does not divide among {layout.dp} data parallel processes in "
                 f"micro-batches of batch.micro ({b.micro}): lower batch.micro or raise batch.multiple"
             )
-        for size in range(b.start, b.end + 1, b.multiple):
+        # A schedule of one's own says itself which numbers it can do, when it is loaded.
+        for size in range(b.start, b.end + 1, b.multiple) if self.swap.schedule is None else ():
             try:
                 check_numbers(self.schedule, p.pp, size // (b.micro * layout.dp))
             except ValueError as error:
@@ -258,7 +261,7 @@ class TrainConfig:
         """The settings that `to_dict` wrote. Raises ValueError on keys that are none."""
         raw = dict(raw)
         groups = {"batch": Batch, "optim": Optim, "balance": Balance, "text": Text, "every": Every}
-        groups |= {"parallel": Parallel}
+        groups |= {"parallel": Parallel, "swap": Swap}
         try:
             for name, group in groups.items():
                 raw[name] = group(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw[name].items()})

@@ -12,13 +12,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from dsv3_book import checkpoint
 from dsv3_book.data import Dataset, prepare
@@ -157,11 +155,9 @@ class RunFolder:
 
         self.parallel.first(work)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """One checkpoint."""
-        config = self.config.to_dict() | {"pause_at": None}
-        keep = self.config.every.keep
-        return checkpoint.save(self.checkpoints, step, tensors, {**state, "config": config}, self.parallel, keep)
+    def state(self, data: Dataset, **more: Any) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        return {"data": data.fingerprint, "config": self.config.to_dict() | {"pause_at": None}, **more}
 
 
 def _with_moments(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,16 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_book.costs import count
+from dsv3_book.fill import fill
 from dsv3_book.model import Transformer
 from dsv3_book.model.experts import Experts
 from dsv3_book.model.router import Router
+from dsv3_book.optim.adamw import adamw
 from dsv3_book.optim.ema import EMA
 from dsv3_book.optim.kinds import kinds_of
 from dsv3_book.optim.shards import Shard
@@ -28,6 +30,7 @@ from dsv3_book.pipeline.executor import Pipeline
 from dsv3_book.pipeline.schedule import Schedule, make_schedule
 from dsv3_book.slab import Slab, Value
 from dsv3_book.train.config import TrainConfig
+from dsv3_book.train.swaps import Swaps
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,14 +44,17 @@ class Job:
     pipeline: Pipeline
     optimizer: ZeRO1
     ema: EMA | None
-    transport: DelayedTransport | None  # what was sent between experts, where a step is to be profiled
+    swaps: Swaps  # the reader's own parts
+    transport: DelayedTransport | None  # writes down what is sent between experts, where a step is to be profiled
 
     def __post_init__(self) -> None:
-        self._schedule = cache(lambda M: make_schedule(self.config.schedule, self.config.parallel.pp, M))
+        self.schedules: dict[int, Schedule] = {}
 
     def schedule(self, micro_batches: int) -> Schedule:
         """The pipeline's schedule for so many micro-batches."""
-        return self._schedule(micro_batches)
+        if micro_batches not in self.schedules:
+            self.schedules[micro_batches] = schedule_for(self.config, self.swaps, micro_batches)
+        return self.schedules[micro_batches]
 
     @property
     def model(self) -> Transformer:
@@ -92,10 +98,11 @@ class Job:
         flat: dict[str, list[Slab]] = defaultdict(list)
         average = self.ema.tensors() if self.ema is not None else {}
         for part in self.optimizer.parts():
-            state = self.optimizer.optimizer.state_of(part.weight)
-            values[f"optimizer.{part.name}.step"] = state["step"]
-            for key in ("exp_avg", "exp_avg_sq"):
-                flat[f"optimizer.{part.name}.{key}"].append(self._flat(part, state[key]))
+            for key, value in self.optimizer.optimizer.state_of(part.weight).items():
+                if value.dim():
+                    flat[f"optimizer.{part.name}.{key}"].append(self._flat(part, value))
+                else:
+                    values[f"optimizer.{part.name}.{key}"] = value  # the same on all that hold a part
             if self.ema is not None:
                 flat[f"ema.{part.name}"].append(self._flat(part, average[part.key]))
         return values | flat
@@ -119,9 +126,14 @@ class Job:
             for name, _ in experts.named_parameters()
         }
 
-    def loaded(self) -> None:
-        """To be called when all of `tensors()` have been filled."""
+    def begin_with(self, folder: Path) -> None:
+        """Takes weights and routing biases from a folder in the released format, and the average from them."""
+        fill(self.weights(), folder)
         self.optimizer.take_weights()
+        if self.ema is not None:
+            masters = self.optimizer.masters()
+            for name, value in self.ema.tensors().items():
+                value.copy_(masters[name].detach())
 
     def close(self) -> None:
         """Ends the average's thread and gives up the groups of processes."""
@@ -130,7 +142,14 @@ class Job:
         self.mesh.close()
 
 
-def assemble(config: TrainConfig, parallel: DataParallel) -> Job:
+def schedule_for(config: TrainConfig, swaps: Swaps, micro_batches: int) -> Schedule:
+    """The schedule that the settings, or the reader's own part, give for so many micro-batches."""
+    if swaps.schedule is not None:
+        return swaps.schedule(config.parallel.pp, micro_batches)
+    return make_schedule(config.schedule, config.parallel.pp, micro_batches)
+
+
+def assemble(config: TrainConfig, parallel: DataParallel, swaps: Swaps) -> Job:
     """This process's job. All processes must call it.
 
     Raises:
@@ -153,7 +172,7 @@ def assemble(config: TrainConfig, parallel: DataParallel) -> Job:
     first = config.batch.start // (config.batch.micro * layout.dp)
     pipeline = Pipeline(
         cfg,
-        make_schedule(config.schedule, p.pp, first),
+        schedule_for(config, swaps, first),
         mesh.pp,
         seed=config.seed,
         compute_dtype=DTYPES[config.dtype],
@@ -163,6 +182,7 @@ def assemble(config: TrainConfig, parallel: DataParallel) -> Job:
         timeout=timedelta(seconds=p.timeout),
         device=parallel.device,
     )
+    swaps.apply(pipeline, config.seed)
     for stage in pipeline.stages.values():
         stage.set_recompute(config.recompute)  # type: ignore[operator]
     if config.fp8:
@@ -170,8 +190,7 @@ def assemble(config: TrainConfig, parallel: DataParallel) -> Job:
 
         use_fp8(pipeline)
     world = dist.group.WORLD if dist.is_initialized() else None
-    optimizer = ZeRO1(
-        kinds_of(pipeline, mesh), world, o.lr, o.betas, o.eps, o.weight_decay, config.moments, zero=p.zero
-    )
+    settings = o.lr, o.betas, o.eps, o.weight_decay, config.moments
+    optimizer = ZeRO1(kinds_of(pipeline, mesh), world, *settings, zero=p.zero, make=swaps.optimizer or adamw)
     ema = EMA(optimizer.masters(), o.ema) if o.ema else None
-    return Job(config, mesh, pipeline, optimizer, ema, transport)
+    return Job(config, mesh, pipeline, optimizer, ema, swaps, transport)

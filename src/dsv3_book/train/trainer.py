@@ -13,16 +13,22 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsv3_book import checkpoint
+from dsv3_book.checkpoint import SaveError
 from dsv3_book.model import Transformer
 from dsv3_book.model.balance import max_violation, update_bias
 from dsv3_book.parallel import DataParallel
+from dsv3_book.pipeline.executor import Watch
+from dsv3_book.saver import Saver
 from dsv3_book.train.config import TrainConfig
 from dsv3_book.train.folder import RunFolder
-from dsv3_book.train.job import assemble
+from dsv3_book.train.job import DTYPES, assemble
+from dsv3_book.train.logs import close_log, rank_log
 from dsv3_book.train.metrics import Metrics
+from dsv3_book.train.profile import write_profile
 from dsv3_book.train.recipe import Settings
 from dsv3_book.train.signals import stop_signals
-from dsv3_book.train.speed import peak_memory
+from dsv3_book.train.speed import peak_flops, peak_memory, train_flops_per_token
+from dsv3_book.train.swaps import load_swaps
 from dsv3_book.train.totals import Totals
 from dsv3_book.train.validation import held_out_loss
 
@@ -51,16 +57,27 @@ class Trainer:
         self.config, self.recipe = config, config.recipe()
         self.folder = RunFolder(config, parallel, quiet)
         found = self.folder.find()
+        self.swaps = load_swaps(config.swap, config.model, DTYPES[config.dtype], config.parallel.zero)
+        if found:
+            for note in self.swaps.same_as(found[1].get("swaps", {}), config.out):
+                self.folder.say(f"note: {note}")
         self.data = self.folder.prepare(found)
-        self.job = assemble(config, parallel)
+        self.job = assemble(config, parallel, self.swaps)
         self.pipeline, self.optimizer, self.ema = self.job.pipeline, self.job.optimizer, self.job.ema
         self.dp, self.place = self.job.mesh.layout.dp, self.job.mesh.index("dp")
         self.step = self.sequences = 0
         if found:
             self.load(*found)
+        elif config.init is not None:
+            self.job.begin_with(config.init)
+        self.saver = Saver(self.folder.checkpoints, parallel, config.every.keep, config.parallel.timeout)
         names = self.pipeline.router_names()
         self.metrics = Metrics(config.out if parallel.rank == 0 else None, config.steps, names, quiet)
+        self.log = rank_log(config.out, parallel.rank)
+        self.flops = train_flops_per_token(config.model, config.batch.sequence_length)
+        self.peak = peak_flops(parallel.device, DTYPES[config.dtype], config.fp8)
         self.folder.write(self.data)
+        self.log.info(self.describe())
 
     def describe(self) -> str:
         """What is about to be done, in a line or two."""
@@ -97,9 +114,10 @@ class Trainer:
                     self.validate(everything=last)
                 if last or stop or self.step % every.checkpoint == 0:
                     self.save()
-                if stop and not last:
-                    return False
-        return True
+                if stop or last:
+                    break
+            self.saver.wait()
+        return self.step == self.config.steps
 
     def train_step(self, stop_asked: Callable[[], bool] = lambda: False) -> bool:
         """One optimiser step over `sequences` of the recipe; returns whether any process was asked to stop.
@@ -111,9 +129,10 @@ class Trainer:
         micro_batches = now.sequences // self.config.batch.micro
         M = micro_batches // self.dp
 
+        watch = Watch() if self.step + 1 == self.config.profile else None
         self.pipeline.follow(self.job.schedule(M))
         mine = [self.micro_batch(self.place * M + number) for number in range(M)]
-        losses = self.pipeline.step(mine, now.mtp_weight, of=micro_batches, sum_copies=False)
+        losses = self.pipeline.step(mine, now.mtp_weight, of=micro_batches, watch=watch, sum_copies=False)
         self.optimizer.reduce()
         norm = self.optimizer.clip(self.config.optim.clip)
         notes = stop_asked(), self.pipeline.waited, peak_memory(self.parallel.device)
@@ -123,7 +142,10 @@ class Trainer:
 
         self.step += 1
         self.sequences += now.sequences
-        self.metrics.step(self.line(now, totals, norm, time.perf_counter() - began), totals.load)
+        seconds = time.perf_counter() - began
+        self.metrics.step(self.line(now, totals, norm, seconds), totals.load)
+        self.log.info("step %d: %.3f s, %.3f of them waiting", self.step, seconds, self.pipeline.waited)
+        self.write_profile(watch)
         return totals.stop > 0
 
     def micro_batch(self, number: int) -> Int[Tensor, "B width"]:
@@ -142,13 +164,15 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
         for place, router in self.job.routers():
-            update_bias(router.e_score_correction_bias, totals.load[place].float(), now.gamma)
+            if (bias := getattr(router, "e_score_correction_bias", None)) is not None:
+                (self.swaps.balance or update_bias)(bias, totals.load[place].float(), now.gamma)
 
     def line(self, now: Settings, totals: Totals, norm: Tensor, seconds: float) -> dict[str, Any]:
         """What metrics.jsonl says of the step just done."""
         main, mtp, balance = totals.losses.tolist()
         violations = max_violation(totals.load)
-        return {
+        speed = now.sequences * self.config.batch.sequence_length / seconds
+        line = {
             "step": self.step,
             "tokens": self.tokens,
             "loss": main,
@@ -160,10 +184,25 @@ class Trainer:
             "gamma": now.gamma,
             "mtp_weight": now.mtp_weight,
             "batch_size": now.sequences,
-            "tokens_per_second": now.sequences * self.config.batch.sequence_length / seconds,
+            "tokens_per_second": speed,
             "bubble": totals.waited / seconds,
             "memory": totals.memory,
         }
+        if self.peak:
+            line["mfu"] = speed * self.flops / (self.peak * self.parallel.size)
+        return line
+
+    def write_profile(self, watch: Watch | None) -> None:
+        """The step just done as a trace, if it was watched."""
+        messages = self.job.transport.events if self.job.transport is not None else []
+        if watch is not None:
+            layout, rank = self.job.mesh.layout, self.parallel.rank
+            label = ", ".join(f"{group} {layout.index(group, rank)}" for group in ("pp", "dp", "ep"))
+            actions = self.pipeline.schedule.actions[self.pipeline.rank]
+            path = self.config.out / "profile" / f"step-{self.step}.json"
+            write_profile(path, label, actions, watch, messages)
+            self.folder.say(f"step {self.step} as a trace: {path} (open it at ui.perfetto.dev)")
+        messages.clear()
 
     def require_finite(self, totals: Totals, norm: Tensor) -> None:
         """Raises NonFinite before a bad step touches the weights; every process sees the same numbers, so all stop."""
@@ -202,20 +241,32 @@ class Trainer:
 
     def close(self) -> None:
         """Lets others have the folder, and ends what runs beside the loop."""
+        self.saver.close()
         self.job.close()
         self.folder.release()
+        close_log()
 
     # What survives -----------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Any]:
         """Everything a checkpoint holds as tensors, by name; loading fills these same ones."""
         return self.job.tensors()
 
-    def save(self) -> Path:
-        """Writes a checkpoint of this moment."""
-        state = {"sequences": self.sequences, "tokens": self.tokens, "data": self.data.fingerprint}
+    def save(self) -> None:
+        """Begins to write a checkpoint of this moment; training goes on meanwhile.
+
+        One that can't be written is told of, and the next is tried: what was saved before stays good.
+        """
+        state = self.folder.state(
+            self.data, sequences=self.sequences, tokens=self.tokens, swaps=self.swaps.fingerprints()
+        )
         # Nothing in training draws random numbers; the generator is saved so that what a reader adds may.
         rng = {f"rng.{self.parallel.rank}": torch.get_rng_state()}
-        return self.folder.save(self.step, self.tensors() | rng, state)
+        try:
+            self.saver.wait()
+        except SaveError as error:
+            self.folder.say(f"warning: {error}")
+        self.saver.start(self.step, self.tensors() | rng, state)
+        self.log.info("saving the checkpoint of step %d", self.step)
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Goes back to the moment of a checkpoint, which another layout may have written."""
@@ -225,5 +276,5 @@ class Trainer:
         checkpoint.load(path, tensors, self.parallel)
         if rng in tensors:
             torch.set_rng_state(tensors[rng])
-        self.job.loaded()
+        self.optimizer.take_weights()
         self.step, self.sequences = state["step"], state["sequences"]
