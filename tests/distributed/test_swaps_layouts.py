@@ -12,8 +12,9 @@ from pipelinekit import LAMBDA, batches, config
 from torch import Tensor
 
 from dsv3_book.model.balance import update_bias
-from dsv3_book.optim import zero
 from dsv3_book.optim.kinds import kinds_of
+from dsv3_book.optim.shards import Kind
+from dsv3_book.optim.zero import ZeRO1
 from dsv3_book.parallel.all_to_all import AllToAll
 from dsv3_book.parallel.mesh import make_mesh
 from dsv3_book.pipeline.executor import Pipeline
@@ -47,12 +48,9 @@ def train(cfg: Any, swap: Swap, pp: int = 1, dp: int = 1, ep: int = 1) -> tuple[
         dispatch = AllToAll(mesh.ep, cfg.n_routed_experts)
         pipeline = Pipeline(cfg, schedule, mesh.pp, seed=5, dispatch=dispatch, experts=held)
     swaps.apply(pipeline, seed=5)
-    kinds = kinds_of(pipeline, mesh) if pp * dp > 1 else [zero.Kind(list(pipeline.parameters_by_name().items()), None)]
-    reference, zero.adamw = zero.adamw, swaps.optimizer
-    try:
-        optimizer = zero.ZeRO1(kinds, dist.group.WORLD if pp * dp > 1 else None, lr=1e-3, bucket=5000)
-    finally:
-        zero.adamw = reference
+    kinds = kinds_of(pipeline, mesh) if pp * dp > 1 else [Kind(list(pipeline.parameters_by_name().items()), None)]
+    world = dist.group.WORLD if pp * dp > 1 else None
+    optimizer = ZeRO1(kinds, world, lr=1e-3, bucket=5000, make=swaps.optimizer)
     curve = []
     for step in range(STEPS):
         first = 100 * step + (mesh.index("dp") * M if pp * dp > 1 else 0)

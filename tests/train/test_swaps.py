@@ -14,9 +14,9 @@ from dsv3_book.model import Transformer
 from dsv3_book.model.balance import update_bias
 from dsv3_book.model.mla import MLA
 from dsv3_book.model.transformer import Part
-from dsv3_book.optim import zero
 from dsv3_book.optim.adamw import adamw
 from dsv3_book.optim.shards import Kind
+from dsv3_book.optim.zero import ZeRO1
 from dsv3_book.pipeline.executor import Pipeline
 from dsv3_book.pipeline.schedule import make_schedule
 from dsv3_book.train.sources import same_parts
@@ -44,9 +44,8 @@ def train(swaps: Swaps, cfg=CFG, steps: int = 2) -> tuple[list[float], Pipeline]
     pipeline = Pipeline(cfg, schedule, seed=3)
     swaps.apply(pipeline, seed=3)
     (model,) = pipeline.stages.values()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "adamw", swaps.optimizer or adamw)
-        optimizer = zero.ZeRO1([Kind(list(model.named_parameters()), None)], None, lr=0.01)
+    kinds = [Kind(list(model.named_parameters()), None)]
+    optimizer = ZeRO1(kinds, None, lr=0.01, make=swaps.optimizer or adamw)
     curve, (one, two) = [], tokens_for(cfg, 4, 8).split(2)
     for _ in range(steps):
         losses = pipeline.step([one, two], 0.3, sum_copies=False)
@@ -197,6 +196,27 @@ def test_initial_weights_of_vectors_biases_and_ones_own(tmp_path) -> None:
     assert torch.equal(Transformer(CFG).lm_head.weight, model.lm_head.weight)  # nothing else drew from another place
 
 
+def test_a_router_without_anything_to_learn(tmp_path) -> None:
+    """By the first number's bits: nothing is trained, and nothing is asked of its gradient."""
+    path = file(
+        tmp_path,
+        """
+        class Hash(nn.Module):
+            def __init__(self, cfg):
+                super().__init__()
+                self.cfg = cfg
+            def forward(self, x):
+                first = (x[:, :1].float().abs() * 1000).long() % 6
+                experts = (first // 2 * 2 + torch.arange(3)) % 8  # a whole group, and one of the next
+                gates = torch.full(experts.shape, 1 / 3)
+                load = torch.bincount(experts.flatten(), minlength=8).float()
+                return Routing(experts, gates, torch.full((len(x), 8), 1 / 8), load)
+        """,
+    )
+    curve, _ = train(load_swaps(Swap(router=f"{path}:Hash"), CFG), steps=3)
+    assert curve[2] < curve[0]
+
+
 def test_a_schedule_from_a_text_file(tmp_path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("F0.0 F0.1 B0.1 B0.0\n")
@@ -241,6 +261,28 @@ def test_the_optimizers_state_is_saved_and_loaded(name) -> None:
     step(p, whole, grads[2])
     step(q, resumed, grads[2])
     assert torch.equal(p, q)
+
+
+def test_a_step_counts_as_a_change_of_the_weights(tmp_path) -> None:
+    """Also where the optimiser hides it from autograd: FP8 codes made from a weight are stale then."""
+    path = file(
+        tmp_path,
+        """
+        class Quiet(torch.optim.Optimizer):
+            def __init__(self, groups, lr):
+                super().__init__(groups, {"lr": lr})
+            def step(self):
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            p.data -= group["lr"] * p.grad
+        """,
+    )
+    p = nn.Parameter(torch.ones(3))
+    optimizer = load_swaps(Swap(optimizer=f"{path}:Quiet"), CFG).optimizer([("p", p)], 0.1)
+    p.grad, version = torch.ones(3), p._version
+    optimizer.step()
+    assert torch.equal(p, torch.full((3,), 0.9)) and p._version > version
 
 
 # Import paths and what is remembered ---------------------------------------------------------------------------------
