@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
 from dsv3_book import checkpoint
-from dsv3_book.checkpoint import CheckpointError, check, differences, found, latest, load, save
+from dsv3_book.checkpoint import CheckpointError, SaveError, check, differences, found, latest, load, save
 from dsv3_book.parallel import DataParallel
 
 ALONE = DataParallel()
@@ -122,11 +122,41 @@ def test_when_all_are_damaged_the_remedy_is_named(tmp_path: Path) -> None:
         latest(tmp_path)
 
 
-def test_another_format(tmp_path: Path) -> None:
+def test_a_damaged_one_that_is_newer_takes_nobodys_place(tmp_path: Path) -> None:
+    written(tmp_path, 1, 2, 3, 9)
+    shorten(tmp_path / "step-00000009" / "__0_0.distcp")
+    written(tmp_path, 4, keep=2)
+    assert [step for step, _ in found(tmp_path)] == [9, 4, 3]
+    assert latest(tmp_path, lambda line: None)[1]["step"] == 4
+
+
+def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
+    """A real failure of the system's, which torch's writer turns into an error of its own that tells nothing."""
+    resource = pytest.importorskip("resource")
+    written(tmp_path, 1)
+    large = {"model.a": torch.zeros(500_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(
+            SaveError, match=r"step 2 was not saved: cannot write .*__0_0\.distcp: File too large \(raise"
+        ):
+            save(tmp_path, 2, large, {}, ALONE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    save(tmp_path, 2, large, {}, ALONE)
+    assert latest(tmp_path)[1]["step"] == 2
+
+
+@pytest.mark.parametrize(("version", "age"), [(1, "an older"), (99, "a newer")])
+def test_another_format(tmp_path: Path, version: int, age: str) -> None:
     path = written(tmp_path, 1) / "step-00000001"
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99"):
+    (path / "state.json").write_text(json.dumps(state | {"format": version}))
+    with pytest.raises(
+        CheckpointError, match=f"has format {version}, of {age} version of dsv3_book, .* go on with that"
+    ):
         check(path)
 
 
