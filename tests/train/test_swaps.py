@@ -20,7 +20,7 @@ from dsv3_book.optim.zero import ZeRO1
 from dsv3_book.pipeline.executor import Pipeline
 from dsv3_book.pipeline.schedule import make_schedule
 from dsv3_book.train.sources import same_parts
-from dsv3_book.train.swaps import Swap, Swaps, load_swaps
+from dsv3_book.train.swaps import Swap, Swaps, load_swaps, swaps_to_read
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "swaps"
 GOOD = {
@@ -340,6 +340,17 @@ def test_a_run_goes_on_with_the_parts_it_began_with(tmp_path) -> None:
     assert same_parts(balance, {}, tmp_path) == [f"{tmp_path} was trained with --swap.balance b.py:b so far"]
     optimizer = {"optimizer": {"path": "o.py:o", "sha256": "1"}}
     assert same_parts(router | optimizer, router, tmp_path, ("attention", "router"))  # to write text: a note
+
+
+def test_a_model_that_is_only_read_needs_its_attention_and_router(tmp_path) -> None:
+    before = load_swaps(Swap(**GOOD), CFG).fingerprints()
+    swaps, notes = swaps_to_read(Swap(**GOOD), CFG, before, tmp_path)
+    assert swaps.sources.keys() == {"attention", "router"} and notes == []
+    with pytest.raises(ValueError, match=r"was trained with --swap\.router .*:SoftmaxRouter: give it again"):
+        swaps_to_read(Swap(attention=GOOD["attention"]), CFG, before, tmp_path)
+    with pytest.raises(ValueError, match=r"was trained without --swap\.router .*: leave it out"):
+        swaps_to_read(Swap(router=GOOD["router"]), CFG, {}, tmp_path)
+    assert swaps_to_read(Swap(), CFG, {"optimizer": before["optimizer"]}, tmp_path) == (Swaps(CFG), [])
 
 
 def test_a_class_of_a_package_is_known_by_its_own_file() -> None:

@@ -65,7 +65,7 @@ def same_parts(
             option = f"--swap.{kind} {given['path']}"
             if kind in kinds:
                 remedy = "give it again (code is only imported when the command names it)" if old else "leave it out"
-                raise ValueError(f"{place} was trained {flag} {option}: {remedy}, or name another --out")
+                raise ValueError(f"{place} was trained {flag} {option}: {remedy}")
             notes.append(f"{place} was trained {flag} {option} so far")
         elif old["sha256"] != new["sha256"]:
             notes.append(f"--swap.{kind} {new['path']} is not the code that {place} was trained with ({old['path']})")

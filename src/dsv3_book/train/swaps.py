@@ -125,6 +125,20 @@ def load_swaps(swap: Swap, cfg: ModelConfig, compute_dtype: torch.dtype = torch.
     return Swaps(cfg, **parts, sources=sources)
 
 
+def swaps_to_read(swap: Swap, cfg: ModelConfig, before: Mapping[str, Source], place: Path) -> tuple[Swaps, list[str]]:
+    """For a model that is only read, to write text or to be exported: attention and router, and what to tell people.
+
+    before: the fingerprints in the checkpoint of the run in `place`.
+
+    Raises:
+        ValueError: `swap` doesn't name the attention or router that the run was trained with, or names one too many; or
+            see `load_swaps`.
+    """
+    kinds = ("attention", "router")
+    swaps = load_swaps(Swap(**{kind: getattr(swap, kind) for kind in kinds}), cfg)
+    return swaps, swaps.same_as({kind: source for kind, source in before.items() if kind in kinds}, place, kinds)
+
+
 def _tried(kind: str, thing: Any, cfg: ModelConfig, dtype: torch.dtype, zero: bool) -> Any:
     """`thing` as `Swaps` holds it, if it keeps its contract."""
     if kind in ("attention", "router"):
