@@ -13,7 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsv3_book.train import live, loads
-from dsv3_book.train.live import Live, clock, size
+from dsv3_book.train.live import Live, clock, percent, size
 from dsv3_book.train.metrics import Metrics, MetricsFile, read_lines
 
 LINE = {"loss": 1.0, "loss_mtp": 1.0, "max_violation": 0.5, "tokens_per_second": 100.0}
@@ -185,6 +185,7 @@ def test_without_routers(tmp_path) -> None:
     assert read_lines(tmp_path / "load.jsonl") == []
 
 
-def test_clock_and_size() -> None:
+def test_clock_percent_and_size() -> None:
+    assert [percent(x) for x in (0.414, 0.1, 0.0414, 0.0)] == ["41%", "10%", "4.1%", "0.0%"]
     assert [clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
     assert [size(n) for n in (600 * 2**20, 2**30, 80.5 * 2**30)] == ["600 MiB", "1.0 GiB", "80.5 GiB"]

@@ -136,9 +136,9 @@ def test_text_from_files_is_text(tmp_path) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_run_that_has_hardly_begun(tmp_path, count: int) -> None:
-    page = Page(write_report(folder(tmp_path, [line(step) for step in range(1, count + 1)])))
+    page = Page(write_report(folder(tmp_path, [line(step, bubble=0.0) for step in range(1, count + 1)])))
     assert f"{count} of 60 steps, unfinished" in page.text and "Too few steps to say" in page.text
-    assert page.tile("validation loss") == "" and page.tile("MFU") == ""
+    assert page.tile("validation loss") == page.tile("MFU") == page.tile("bubble") == ""
     assert page.tags["svg"] == (7 if count else 0)  # no validation, MFU, memory, bubble
     assert "no load.jsonl" in page.text
     assert page.tile("loss").startswith({0: "", 1: "4.9900", 2: "4.9850"}[count])
@@ -162,6 +162,7 @@ def test_many_steps_make_a_small_page(tmp_path) -> None:
     assert path.stat().st_size < 500_000
     page = Page(path)
     assert "1 counts as a spike" in page.text and "at step 4,321" in page.text
+    assert "each the mean of its steps" in page.text
     assert any("between 3 and 9" in alt for alt in page.images)  # averaging doesn't hide it
 
 

@@ -91,7 +91,7 @@ def load_over_time(
     fig, ax = figure(*SIZE)
     across = relative(load)
     heat(fig, ax, across.T, extent=(0.5, len(steps) + 0.5, across.shape[1] - 0.5, -0.5))
-    at = np.unique(np.linspace(0, len(steps) - 1, min(5, len(steps))).astype(int))
+    at = np.unique(np.linspace(0, len(steps) - 1, min(4, len(steps))).round().astype(int))
     ax.set(title=f"{router[:1].upper()}{router[1:]}, over the run", xlabel="step", ylabel="expert")
     ax.set_xticks(at + 1, [f"{steps[i]:,}" for i in at])
     alt = (

@@ -77,12 +77,17 @@ def worked(line: Mapping[str, Any], tokens_per_second: float) -> list[str]:
     """How the machine does: of MFU, memory and bubble what is known (a bubble only a pipeline has)."""
     parts = [f"{tokens_per_second:,.0f} tokens/s"]
     if line.get("mfu") is not None:
-        parts.append(f"MFU {line['mfu']:.0%}")
+        parts.append(f"MFU {percent(line['mfu'])}")
     if line.get("memory") is not None:
         parts.append(f"memory {size(line['memory'])}")
     if line.get("bubble"):
-        parts.append(f"bubble {line['bubble']:.0%}")
+        parts.append(f"bubble {percent(line['bubble'])}")
     return parts
+
+
+def percent(share: float) -> str:
+    """0.414 → "41%", 0.0414 → "4.1%"."""
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
 
 def size(count: float) -> str:

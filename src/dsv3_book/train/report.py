@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from dsv3_book.plot import theme
-from dsv3_book.train.curves import curve, load_now, load_over_time
+from dsv3_book.train.curves import POINTS, curve, load_now, load_over_time
 from dsv3_book.train.live import clock, size
 from dsv3_book.train.metrics import LOADS
 from dsv3_book.train.recorded import Run, number
 from dsv3_book.train.spikes import FEWEST, THRESHOLD, WINDOW, find_spikes, told
 
 AVERAGED = 20  # steps over which the last loss is averaged
+AVERAGES = f"<p class=under>At most {POINTS} points: each the mean of its steps, and around it, paler, their range.</p>"
 SHOWN = 4  # routers whose load is drawn over time
 
 
@@ -69,7 +70,7 @@ def document(run: Run) -> str:
     parts = [
         f"<h1>{title}</h1><p class=under>{html.escape(_state(run))}</p>",
         _tiles(numbers(run)),
-        "<h2>Curves</h2>" + _figures(curves(run)),
+        "<h2>Curves</h2>" + (AVERAGES if len(run.steps) > POINTS else "") + _figures(curves(run)),
         "<h2>Loss spikes</h2>" + spikes(run),
         "<h2>Load of the experts</h2>" + experts(run),
         "<h2>Layout and settings</h2>" + settings(run.settings),
@@ -114,7 +115,7 @@ def numbers(run: Run) -> list[tuple[str, str, str]]:
         ("bubble", "bubble", lambda x: f"{np.nanmean(x):.1%}", "mean share of a step"),
     ):
         values = run.column(name)
-        if np.isfinite(values).any():
+        if np.nan_to_num(values).any():
             found.append((label, show(values), about))
     if run.starts:
         found.append(("starts", f"{run.starts:,}", "of rank 0, by its log"))
@@ -122,7 +123,7 @@ def numbers(run: Run) -> list[tuple[str, str, str]]:
 
 
 def curves(run: Run) -> list[str]:
-    """The figures of all quantities that the run has values of."""
+    """The figures of all quantities that the run has values of, other than 0: without a pipeline there is no bubble."""
     losses = [run.line("loss", "loss"), run.checked("validation", "val_loss")]
     shown = [
         ("loss", "Loss of the main model", "nats/token", losses[: 1 + bool(run.validations)], None),
@@ -137,7 +138,7 @@ def curves(run: Run) -> list[str]:
         ("memory", "Memory, worst process", "GiB", [run.line("peak so far", "memory", 2.0**-30)], 0.0),
         ("bubble", "Bubble", "% of a step", [run.line("bubble", "bubble", 100.0)], 0.0),
     ]
-    return [curve(*rest) for rest in shown if any(np.isfinite(line.values).any() for line in rest[3])]
+    return [curve(*rest) for rest in shown if any(np.nan_to_num(line.values).any() for line in rest[3])]
 
 
 def spikes(run: Run) -> str:
