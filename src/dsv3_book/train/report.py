@@ -95,7 +95,8 @@ def numbers(run: Run) -> list[tuple[str, str, str]]:
         return [("steps", "none yet", "")]
     found: list[tuple[str, str, str]] = []
     last = run.column("loss")[-AVERAGED:]
-    found.append(("loss", _digits(float(last.mean())), f"nats/token, mean of the last {len(last)} steps"))
+    of = f"the last {len(last)} steps" if len(last) > 1 else "the one step"
+    found.append(("loss", _digits(float(last.mean())), f"nats/token, mean of {of}"))
     if run.validations:
         line, step = run.validations[-1], int(run.validations[-1]["step"])
         found.append(("validation loss", _digits(number(line, "val_loss")), f"nats/token at step {step:,}"))
