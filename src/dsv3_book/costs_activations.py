@@ -91,9 +91,10 @@ def kept_by_layer(
         shared, router = T * n.kept(d) * bool(cfg.n_shared_experts), T * d * 4 * (n.dtype == "fp32")
         found["normalised inputs"] += shared + router if n.fp8 else max(shared, router)
     found[ROUTER_INPUT] += T * d * 4 * (n.dtype != "fp32")
+    found["copies of weights"] += E * d * 4 * (n.weights != "fp32")  # the router's, in fp32
     # scores; chosen, their scores, the sum; the balance loss's sum and frequencies, and the load
     found["router"] += T * (4 * E + 8 * K + 4 * cfg.norm_topk_prob * (K + 1) + 4) + 8 * E + 4
-    found["routing tables"] += (24, 72, 116)[hops] * S + 4 * S + 8 * held
+    found["routing tables"] += (24, 61, 97)[hops] * S + 4 * S + 8 * held
     found[ROWS if n.fp8 else "routed experts"] += S * d * size
     if n.fp8:
         found["routed experts"] += S * (codes(d) + 2 * codes(F))

@@ -6,6 +6,7 @@ everything else from the schedule that would be executed and from closed forms. 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from dsv3_book.train.plan_memory import Job, Memory, Weight, count_weights, memo
 from dsv3_book.train.plan_time import Batches, Clock, Speed, Term, speed, terms
 
 GPU_MEMORY = 80e9  # bytes of an H800, of which CUDA, NCCL and fragments want some GB that are not counted here
+BLOCK = 128  # tokens: in steps of so many a shorter sequence that fits is looked for
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Plan:
     memory: tuple[Memory, ...]
     changes: tuple[Change, ...]
     changed: tuple[Memory, ...]  # with all of the changes
+    longest: int  # tokens in a sequence, this run's or as many as fit (0: none)
     links: tuple[Links, ...]
     speeds: tuple[Speed, ...]
     terms: tuple[Term, ...]  # of the first speed
@@ -103,12 +106,6 @@ class Plan:
     def fits(self) -> bool:
         return self.worst.total <= GPU_MEMORY
 
-    @property
-    def longest(self) -> int:
-        """The longest sequences with which every rank fits (0: none)."""
-        fixed = [(m.state + m.fp8_copies + m.buckets, m) for m in self.memory]
-        return min(max(0, int((GPU_MEMORY - size) / ((m.total - size) / self.sequence_length))) for size, m in fixed)
-
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON-able values, with each rank's totals."""
         out = asdict(self) | {"fits": self.fits}
@@ -124,6 +121,8 @@ def plan_run(config: TrainConfig, world: int) -> Plan:
         ValueError: the settings don't fit the number of processes, or each other. A batch that only *begins* too small
             for the schedule is among the plan's `problems` instead.
     """
+    if swapped := [f"--swap.{name}" for name, path in asdict(config.swap).items() if path is not None]:
+        raise ValueError(f"a dry run knows the package's own parts only: leave out {', '.join(swapped)}")
     per_node = min(GPUS_PER_NODE, world)
     full = replace(config, batch=replace(config.batch, start=config.batch.end))
     layout = full.layout(world, per_node)
@@ -162,6 +161,7 @@ def plan_run(config: TrainConfig, world: int) -> Plan:
         memory=tuple(found),
         changes=tuple(changes),
         changed=tuple(changed),
+        longest=_longest(job, held, b.sequence_length),
         links=tuple(traffic),
         speeds=tuple(speeds),
         terms=tuple(terms(job, clocks[0], batches, speeds[0], world, b.sequence_length)),
@@ -193,6 +193,18 @@ def make_job(config: TrainConfig, layout: Layout, micro_batches: int) -> Job:
         ema=config.optim.ema > 0,
         tokens=config.batch.micro * config.batch.sequence_length,
     )
+
+
+def _longest(job: Job, held: Sequence[Mapping[str, Weight]], length: int) -> int:
+    """The most tokens in a sequence with which all ranks fit: `length`, or less, in multiples of BLOCK."""
+
+    def too_long(tokens: int) -> bool:
+        found = memory(replace(job, tokens=job.setting.sequences * tokens), held)
+        return max(one.total for one in found) > GPU_MEMORY
+
+    if not too_long(length):
+        return length
+    return BLOCK * (bisect_left(range(1, -(-length // BLOCK)), True, key=lambda n: too_long(n * BLOCK)))
 
 
 def _stages(job: Job) -> list[Stage]:

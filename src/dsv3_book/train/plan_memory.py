@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 from dsv3_book.config import ModelConfig
 from dsv3_book.costs import TrainingBytes
@@ -58,6 +59,11 @@ class Job:
         cfg, last = self.cfg, len(self.placed) - 1
         mtp = range(cfg.num_hidden_layers, cfg.num_hidden_layers + cfg.num_nextn_predict_layers * (stage == last))
         return [*self.placed[stage], *mtp]
+
+    @cached_property
+    def receivers(self) -> list[set[int]]:
+        """Of each pipeline rank, those that it sends to."""
+        return [{transfer.target for transfer in self.schedule.sends(r)} for r in range(self.schedule.num_ranks)]
 
     @property
     def hops(self) -> int:
@@ -202,12 +208,8 @@ def peak_activations(
 
 def _messages(job: Job, rank: int) -> float:
     """From each rank that sends, rooms for AHEAD messages and the one in use; one leaving to each that receives."""
-    schedule = job.schedule
-    sources = sum(
-        any(t.target == rank for t in schedule.sends(other)) for other in range(schedule.num_ranks) if other != rank
-    )
-    targets = len({t.target for t in schedule.sends(rank)})
-    return (sources * (AHEAD + 1) + targets) * job.tokens * job.cfg.hidden_size * job.numbers.size
+    sources = sum(rank in targets for targets in job.receivers)
+    return (sources * (AHEAD + 1) + len(job.receivers[rank])) * job.tokens * job.cfg.hidden_size * job.numbers.size
 
 
 def _buckets(weights: Iterable[Weight]) -> int:
