@@ -96,7 +96,7 @@ def save(
         _commit(work, place)
         past = [path for number, path in found(folder) if number <= step]  # later ones: damaged, or from before a fall
         for old in [*folder.glob(".old-*"), *past[keep:]]:
-            _discard(old)
+            shutil.rmtree(old, ignore_errors=True)  # what can't be removed is left to the next save
         return [None] * parallel.size
 
     mine = work / f"__{parallel.rank}_0.distcp"
@@ -131,16 +131,6 @@ def _commit(work: Path, place: Path) -> None:
         place.rename(place.parent / f".old-{place.name}")
     work.rename(place)
     sync(place.parent)
-
-
-def _discard(path: Path) -> None:
-    """Removes a checkpoint, which is none from the first moment on; what can't be removed is left to the next save."""
-    gone = path.parent / f".gone-{path.name.removeprefix('.old-')}"
-    try:
-        path.rename(gone)
-    except OSError:
-        return
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _text(error: RuntimeError, parallel: DataParallel) -> str:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 EVERY_OPERATION = """
 import itertools, os, shutil, signal, sys
 from pathlib import Path
+from torch.distributed.checkpoint import FileSystemWriter
 import checkpointkit as kit
 from dsv3_book import checkpoint
 from dsv3_book.parallel import DataParallel
@@ -26,11 +27,14 @@ from dsv3_book.parallel import DataParallel
 template, step, keep = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "os.fsync"}
 
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def die_at(number):
     count = itertools.count(1)
     def at(event, args):
         if event in EVENTS and next(count) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
     sys.addaudithook(at)
     sync = os.fsync
     os.fsync = lambda handle: (at("os.fsync", handle), sync(handle))
@@ -45,16 +49,25 @@ def check(folder):
 def save(folder, step, made, keep):
     checkpoint.save(folder, step, kit.wholes(made), {"made": made}, DataParallel(), keep)
 
+def child(prepare, *args):
+    process = os.fork()
+    if process == 0:
+        prepare()
+        save(*args)
+        os._exit(0)
+    return os.waitpid(process, 0)[1]
+
+def die_when_writing():
+    FileSystemWriter.write_data = die
+
 for number in itertools.count(1):
     folder = template.parent / f"{template.name}-{number}"
     shutil.copytree(template, folder)
-    child = os.fork()
-    if child == 0:
-        die_at(number)
-        save(folder, step, 90, keep)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    print(number, status, *check(folder), flush=True)
+    status = child(lambda: die_at(number), folder, step, 90, keep)
+    before = check(folder)
+    print(number, status, *before, flush=True)
+    assert child(die_when_writing, folder, 8, 80, keep) == signal.SIGKILL  # the next one tidies up, and dies too
+    assert check(folder) == before
     save(folder, 9, 99, keep)
     assert check(folder) == (9, 99)
     assert not list(folder.glob(".*")), list(folder.iterdir())  # nothing is left behind
