@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dsv3_book.slab import slabs
 from dsv3_book.train.config import Batch, Every, Optim, Text, TrainConfig
 from dsv3_book.train.presets import preset
+from dsv3_book.train.trainer import Trainer
 
 TIMING = ("tokens_per_second", "bubble", "memory", "mfu")
 
@@ -54,3 +57,11 @@ def lines(out: Path, timing: bool = False) -> list[dict[str, Any]]:
     """metrics.jsonl, without what depends on the clock."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in line.items() if timing or k not in TIMING} for line in found]
+
+
+def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All that this process would save, each as one tensor (the pieces of a shard after one another)."""
+    return {
+        name: torch.cat([slab.tensor.flatten() for slab in slabs(value)]).clone()
+        for name, value in trainer.tensors().items()
+    }

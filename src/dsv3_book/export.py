@@ -18,16 +18,18 @@ from dsv3_book import checkpoint
 from dsv3_book.config import ModelConfig, RopeScaling
 from dsv3_book.interop import save_pretrained
 from dsv3_book.model import Transformer
+from dsv3_book.train.swaps import Swap, swaps_to_read
 
 
-def load_run(run: Path, average: bool = False) -> tuple[Transformer, int]:
+def load_run(run: Path, average: bool = False, swap: Swap | None = None) -> tuple[Transformer, int]:
     """The model of a run's newest good checkpoint, fp32 and whole, whatever the layout; and the steps it has done.
 
     average: with the weights' moving average (`--optim.ema`) in place of the weights; routing biases have none.
+    swap: the parts of one's own that the run was trained with; None refuses a run that has an attention or a router.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
-        ValueError: all its checkpoints are damaged, or it keeps no average.
+        ValueError: all its checkpoints are damaged, or it keeps no average; or see `swaps_to_read`.
     """
     found = checkpoint.latest(run / "checkpoints", lambda line: print(line, file=sys.stderr))
     if found is None:
@@ -35,7 +37,14 @@ def load_run(run: Path, average: bool = False) -> tuple[Transformer, int]:
     path, state = found
     fields = state["config"]["model"]
     scaling = RopeScaling(**fields["rope_scaling"]) if fields["rope_scaling"] else None
-    model = Transformer(ModelConfig(**{**fields, "rope_scaling": scaling}))
+    cfg, before = ModelConfig(**{**fields, "rope_scaling": scaling}), state.get("swaps", {})
+    if swap is None and (own := [before[kind]["path"] for kind in ("attention", "router") if kind in before]):
+        raise ValueError(f"{run} was trained with {', '.join(own)}, for which the released format has no place")
+    model = Transformer(cfg)
+    swaps, notes = swaps_to_read(swap or Swap(), cfg, before, run)
+    swaps.apply(model)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     values = {f"model.{name}": value for name, value in model.state_dict().items()}
     if average:
         if not any(name.startswith("ema.") for name in checkpoint.names(path)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from dsv3_book.data import Tokenizer
 from dsv3_book.inference.cache import LatentCache
 from dsv3_book.inference.sampling import sample
 from dsv3_book.model import Transformer
+from dsv3_book.train.swaps import Swap
 
 
 def tokens(
@@ -86,17 +87,19 @@ def write(model: Transformer, tokenizer: Tokenizer, prompt: str, **settings: flo
     print(flush=True)
 
 
-def load(folder: Path) -> tuple[Transformer, Tokenizer]:
+def load(folder: Path, swap: Swap | None = None) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer from a run's folder (its newest good checkpoint), or from one in the released format.
+
+    swap: the parts of one's own that a run was trained with.
 
     Raises:
         FileNotFoundError: no such folder, or it is neither.
-        ValueError: damaged checkpoints or weights.
+        ValueError: damaged checkpoints or weights; a run with other parts of one's own than `swap` names.
     """
     if (folder / "checkpoints").is_dir():
         from dsv3_book.export import load_run
 
-        model, _ = load_run(folder)
+        model, _ = load_run(folder, swap=swap or Swap())
     elif (folder / "config.json").is_file():
         from dsv3_book.interop import load_pretrained
 
@@ -127,6 +130,7 @@ class Options:
     """Draw from the likeliest tokens that together have this probability."""
     top_k: int | None = None
     """Draw from this many likeliest tokens."""
+    swap: Swap = field(default_factory=Swap)
     seed: Annotated[int, tyro.conf.arg(help="Of the draws: the same seed writes the same text.")] = 0
 
 
@@ -134,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     options = tyro.cli(Options, args=argv, prog="python -m dsv3_book.generate")
     try:
-        model, tokenizer = load(options.checkpoint)
+        model, tokenizer = load(options.checkpoint, options.swap)
         settings = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
         write(model, tokenizer, options.prompt, **settings)
     except (ValueError, OSError) as error:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from trainkit import lines, small
+from trainkit import lines, small, tensors_of
 
 from dsv3_book import checkpoint
 from dsv3_book.checkpoint import CheckpointError
@@ -17,7 +17,7 @@ from dsv3_book.train.trainer import Trainer
 def run(config: TrainConfig) -> Trainer:
     trainer = Trainer(config)
     trainer.run()
-    trainer.folder.release()
+    trainer.close()
     return trainer
 
 
@@ -48,7 +48,7 @@ def runs(tmp_path_factory, corpus) -> dict[str, Trainer]:
 def test_fp8_follows_the_curve_without_it(runs) -> None:
     """Four steps stay together; with codes of weights that have changed since they would not (measured here: 2e-2)."""
     plain, fp8 = runs["plain"], runs["fp8"]
-    assert {p.dtype for p in fp8.parameters} == {torch.float32}
+    assert {p.dtype for p in fp8.model.parameters()} == {torch.float32}
     a, b = losses(plain.config.out), losses(fp8.config.out)
     assert a != b
     assert b == pytest.approx(a, rel=2.5e-3)  # measured here: 3e-4
@@ -68,7 +68,7 @@ def test_a_cut_fp8_run_equals_an_uncut_one_bit_for_bit(runs, tmp_path) -> None:
     whole = runs["fp8"]
     cut = dataclasses.replace(whole.config, out=tmp_path)
     assert run(dataclasses.replace(cut, pause_at=2)).step == 2
-    a, b = whole.tensors(), run(cut).tensors()
+    a, b = tensors_of(whole), tensors_of(run(cut))
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     assert a["optimizer.embed_tokens.weight.exp_avg"].dtype == torch.bfloat16
     assert a["optimizer.embed_tokens.weight.exp_avg_sq"].abs().sum() > 0
@@ -77,7 +77,7 @@ def test_a_cut_fp8_run_equals_an_uncut_one_bit_for_bit(runs, tmp_path) -> None:
 
 def test_the_same_seed_twice_gives_the_same_bits_and_another_seed_others(tmp_path, corpus) -> None:
     config = small(tmp_path, corpus, steps=2, pause_at=1, fp8=True, dtype="bf16")
-    a, b = (run(dataclasses.replace(config, out=tmp_path / name)).tensors() for name in "ab")
+    a, b = (tensors_of(run(dataclasses.replace(config, out=tmp_path / name))) for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     run(dataclasses.replace(config, out=tmp_path / "c", seed=1))
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
@@ -90,7 +90,7 @@ def test_moments_are_saved_as_they_are_and_take_half(tmp_path, corpus) -> None:
         trainer = run(config)
         path = tmp_path / moments / "checkpoints" / checkpoint.name_of(1)
         sizes[moments] = sum(file.stat().st_size for file in path.glob("*.distcp"))
-    numbers = sum(p.numel() for p in trainer.parameters)
+    numbers = sum(p.numel() for p in trainer.model.parameters())
     assert sizes["fp32"] - sizes["bf16"] == pytest.approx(2 * 2 * numbers, rel=0.01)  # two moments, two bytes each
 
 
@@ -134,4 +134,4 @@ def test_a_checkpoint_of_another_dtype_is_not_converted_in_silence(tmp_path, cor
     path, _ = checkpoint.latest(tmp_path / "checkpoints")
     name = "optimizer.embed_tokens.weight.exp_avg"
     with pytest.raises(CheckpointError, match=rf"{name} torch.float32 \(here torch.bfloat16\)"):
-        checkpoint.load(path, {name: trainer.tensors()[name].bfloat16()})
+        checkpoint.load(path, {name: tensors_of(trainer)[name].bfloat16()})

@@ -77,9 +77,9 @@ def test_wrong_input_ends_with_status_2_and_names_it(words: str, said: str, caps
 
 def test_processes_that_do_not_divide_the_batch() -> None:
     config = preset("tiny", "x", batch=Batch(sequence_length=16, start=8, end=8, multiple=8, micro=2))
-    config.check_processes(4)
-    with pytest.raises(ValueError, match=r"batch\.multiple \(8 sequences\) does not divide among 3 processes"):
-        config.check_processes(3)
+    assert config.layout(4).dp == 4
+    with pytest.raises(ValueError, match=r"batch\.multiple \(8 sequences\) does not divide among 3 data parallel processes"):
+        config.layout(3)
 
 
 def test_settings_of_another_version() -> None:

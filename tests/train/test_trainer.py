@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from trainkit import lines, small
+from trainkit import lines, small, tensors_of
 
 from dsv3_book import checkpoint
 from dsv3_book.train.config import Balance, Batch, Every, Optim, Text
@@ -17,7 +17,7 @@ from dsv3_book.train.trainer import NonFinite, Trainer
 def run(config) -> Trainer:
     trainer = Trainer(config)
     trainer.run()
-    trainer.folder.release()
+    trainer.close()
     return trainer
 
 
@@ -31,7 +31,7 @@ def test_a_run_learns_and_reports(tmp_path, corpus) -> None:
     steps = [line for line in lines(tmp_path, timing=True) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 33))
     wanted = {"step", "loss", "loss_mtp", "balance_loss", "max_violation", "lr", "grad_norm", "tokens"}
-    assert set(steps[0]) == wanted | {"tokens_per_second", "gamma", "mtp_weight", "batch_size"}
+    assert set(steps[0]) == wanted | {"tokens_per_second", "gamma", "mtp_weight", "batch_size"} | {"bubble", "memory", "mfu"}
     assert all(math.isfinite(value) for line in steps for value in line.values())
     assert steps[0]["loss"] == pytest.approx(math.log(512), rel=0.02)
     assert steps[-1]["loss"] < 0.75 * steps[0]["loss"]
@@ -60,11 +60,11 @@ def test_a_cut_run_equals_an_uncut_one_bit_for_bit(tmp_path, corpus) -> None:
     # What a process that is killed leaves: lines of steps that were never saved, the last one cut short.
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
-    first.folder.release()
+    first.close()
     second = Trainer(cut)
     assert second.step == 3 and second.sequences == first.sequences
     assert second.run() is True
-    a, b = whole.tensors(), second.tensors()
+    a, b = tensors_of(whole), tensors_of(second)
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
@@ -73,11 +73,11 @@ def test_a_cut_run_equals_an_uncut_one_bit_for_bit(tmp_path, corpus) -> None:
 def test_the_optimizer_and_the_biases_are_part_of_it(tmp_path, corpus) -> None:
     first = run(small(tmp_path, corpus, steps=3))
     again = Trainer(small(tmp_path, corpus, steps=3))
-    tensors = again.tensors()
-    assert torch.equal(tensors["optimizer.layers.1.self_attn.o_proj.weight.step"], torch.tensor(3.0))
+    tensors = tensors_of(again)
+    assert torch.equal(tensors["optimizer.layers.1.self_attn.o_proj.weight.step"], torch.tensor([3.0]))
     assert tensors["optimizer.embed_tokens.weight.exp_avg"].abs().sum() > 0
     bias = tensors["model.layers.1.mlp.gate.e_score_correction_bias"]
-    assert torch.equal(bias, first.tensors()["model.layers.1.mlp.gate.e_score_correction_bias"])
+    assert torch.equal(bias, tensors_of(first)["model.layers.1.mlp.gate.e_score_correction_bias"])
     assert bias.abs().max() > 0
     assert "model.layers.2.mlp.gate.e_score_correction_bias" in tensors  # the MTP module has a router too
 
@@ -99,9 +99,9 @@ def test_the_gradient_is_that_of_main_plus_weighted_mtp_plus_balance(tmp_path, c
     trainer = Trainer(config)
     losses = trainer.model.losses(trainer.micro_batch(0))  # the whole first step
     (losses.main + 0.3 * losses.mtp + losses.balance).backward()
-    norm = torch.stack([p.grad.norm() for p in trainer.parameters]).norm()
+    norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
     trainer.optimizer.zero_grad()
-    bias = trainer.routers[0][1].e_score_correction_bias
+    bias = next(trainer.job.routers())[1].e_score_correction_bias
     trainer.run()
     first = lines(tmp_path)[0]
     assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
@@ -115,12 +115,12 @@ def test_a_step_that_is_not_finite_is_not_taken(tmp_path, corpus) -> None:
     trainer.run()
     with torch.no_grad():
         trainer.model.norm.weight[0] = math.nan
-    before = {name: value.clone() for name, value in trainer.tensors().items()}
+    before = tensors_of(trainer)
     trainer.config = config
     with pytest.raises(NonFinite, match=r"step 3 is not finite \(loss nan.*the last checkpoint is of step 2") as error:
         trainer.run()
     assert "--optim.lr" in str(error.value)
-    after = trainer.tensors()
+    after = tensors_of(trainer)
     assert all(torch.equal(before[k], after[k]) for k in before if not before[k].isnan().any())
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
@@ -188,7 +188,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, corpus) -> None:
     trainer = Trainer(config)
     with pytest.raises(ValueError, match="another process is training in"):
         Trainer(config)
-    trainer.folder.release()
+    trainer.close()
     Trainer(config)
 
 
@@ -202,7 +202,7 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path, corpus, capsys) -> None
     assert trainer.step == 2
     assert f"{newest} is truncated" in said and "falling back to the checkpoint of step 2" in said
     trainer.run()
-    assert all(torch.equal(a, b) for a, b in zip(whole.tensors().values(), trainer.tensors().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(whole).values(), tensors_of(trainer).values(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_dense_model_has_no_routers(tmp_path, corpus) -> None:
 def test_bf16_runs(tmp_path, corpus) -> None:
     trainer = run(small(tmp_path, corpus, dtype="bf16", steps=2))
     assert trainer.model.compute_dtype == torch.bfloat16
-    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
 def test_a_quiet_run_says_nothing_and_writes_the_same(tmp_path, corpus, capfd) -> None:

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3_book.parallel.buckets import Buckets
+from dsv3_book.parallel.meeting import meet
 
 T = TypeVar("T")
 
@@ -45,8 +46,9 @@ class DataParallel:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
-            limit = timedelta(seconds=timeout) if timeout else None
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+            limit, store = timedelta(seconds=timeout) if timeout else None, meet(rank, size, timeout)
+            whom = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, **whom)
         return DataParallel(rank, size, None, device)
 
     def close(self) -> None:
@@ -81,6 +83,17 @@ class DataParallel:
         if named:
             buckets = Buckets(named, self.group if self.group is not None else dist.group.WORLD)
             buckets.gather_gradients(buckets.reduce())
+
+    def require_same(self, what: str, value: Any) -> None:
+        """Raises ValueError on all processes, naming who has what, unless all have the same `value`."""
+        if self.size == 1:
+            return
+        heard: list[Any] = [None] * self.size
+        dist.all_gather_object(heard, value, group=self.group)
+        if other := next((rank for rank, theirs in enumerate(heard) if theirs != heard[0]), None):
+            raise ValueError(
+                f"{what} are not the same on all processes: {heard[0]} on rank 0, {heard[other]} on rank {other}"
+            )
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` returns on process 0, on every process.

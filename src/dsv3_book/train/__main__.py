@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif speak:
             trainer.folder.say(f"the report of the run: {write_report(config.out)}")
             print(f"\nA sample after {config.prompt!r}:\n", flush=True)
-            write(*load(config.out), config.prompt, max_tokens=200, temperature=0.8, top_p=0.95)
+            write(*load(config.out, config.swap), config.prompt, max_tokens=200, temperature=0.8, top_p=0.95)
         return 0
     finally:
         if parallel is not None:

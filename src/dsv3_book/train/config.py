@@ -36,6 +36,10 @@ class Batch:
     micro: int = 1
     """B, sequences in a micro-batch."""
 
+    def sizes(self) -> range:
+        """Sequences in a step, from the first to the last of the ramp."""
+        return range(self.start, self.end + 1, self.multiple)
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -242,7 +246,7 @@ class TrainConfig:
                 f"micro-batches of batch.micro ({b.micro}): lower batch.micro or raise batch.multiple"
             )
         # A schedule of one's own says itself which numbers it can do, when it is loaded.
-        for size in range(b.start, b.end + 1, b.multiple) if self.swap.schedule is None else ():
+        for size in b.sizes() if self.swap.schedule is None else ():
             try:
                 check_numbers(self.schedule, p.pp, size // (b.micro * layout.dp))
             except ValueError as error:

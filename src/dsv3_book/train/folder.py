@@ -26,7 +26,7 @@ from dsv3_book.train.config import Dtype, TrainConfig, moments_for
 
 SETTINGS, CHECKPOINTS = "run.json", "checkpoints"
 # Settings that change nothing that is computed, or only how it is shared out.
-FREE = ("out", "pause_at", "prompt", "every", "profile", "dry_run", "world", "init", "on_nonfinite")
+FREE = ("out", "pause_at", "prompt", "every", "profile", "dry_run", "world", "init", "on_nonfinite", "swap")
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 

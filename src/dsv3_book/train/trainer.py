@@ -58,6 +58,7 @@ class Trainer:
         self.folder = RunFolder(config, parallel, quiet)
         found = self.folder.find()
         self.swaps = load_swaps(config.swap, config.model, DTYPES[config.dtype], config.parallel.zero)
+        parallel.require_same("the files that --swap names", self.swaps.fingerprints())
         if found:
             for note in self.swaps.same_as(found[1].get("swaps", {}), config.out):
                 self.folder.say(f"note: {note}")
@@ -65,6 +66,8 @@ class Trainer:
         self.job = assemble(config, parallel, self.swaps)
         self.pipeline, self.optimizer, self.ema = self.job.pipeline, self.job.optimizer, self.job.ema
         self.dp, self.place = self.job.mesh.layout.dp, self.job.mesh.index("dp")
+        for size in config.batch.sizes():  # a schedule that can't be made is better known now than in a month
+            self.job.schedule(size // (config.batch.micro * self.dp))
         self.step = self.sequences = 0
         if found:
             self.load(*found)
