@@ -25,21 +25,36 @@ def kinds_of(pipeline: Pipeline, mesh: Mesh) -> list[Kind]:
     `pipeline.step(…, sum_copies=False)`. All ranks must call it; groups that the mesh doesn't have yet are made, and
     kept there.
     """
+    make_groups(pipeline, mesh)
     experts = {id(p) for module in pipeline.modules() if isinstance(module, Experts) for p in module.parameters()}
     found: dict[tuple[tuple[int, ...], bool], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, p in sorted(pipeline.parameters_by_name().items()):
         found[tuple(pipeline.holders(name)), id(p) in experts].append((name, p))
-    return [Kind(named, _group(mesh, *key)) for key, named in sorted(found.items())]  # the same order everywhere
+    return [Kind(named, mesh.groups[_key(*kind)]) for kind, named in sorted(found.items())]  # everywhere in one order
 
 
-def _group(mesh: Mesh, stages: tuple[int, ...], expert: bool) -> dist.ProcessGroup | None:
-    """The group of the ranks at these places in the pipeline that are otherwise like this one."""
+def make_groups(pipeline: Pipeline, mesh: Mesh) -> None:
+    """Makes the groups of ranks that hold stages together. All ranks take part in making all of them: torch numbers a
+    group that only its members make by how many each of them has, and one that is made twice meets the first's traces.
+    """
+    layers = [f"layers.{i}" for i in range(pipeline.cfg.num_hidden_layers)]
+    together = {tuple(pipeline.holders(name)) for name in ("embed_tokens", "norm", *layers)}
+    for stages in sorted(stages for stages in together if len(stages) > 1):
+        for expert in (False, True):
+            key, plain, dp = _key(stages, expert), "edp" if expert else "dp", mesh.layout.dp
+            if key in mesh.groups:
+                continue
+            mesh.groups[key] = None
+            for first in mesh.layout.partition(plain) if mesh.groups[plain] is not None else ():
+                if first[0] >= dp:  # of another pipeline rank: one of these is enough
+                    continue
+                ranks = sorted(rank + stage * dp for rank in first for stage in stages)
+                group = dist.new_group(ranks, mesh.timeout)
+                if mesh.rank in ranks:
+                    mesh.groups[key] = group
+
+
+def _key(stages: tuple[int, ...], expert: bool) -> str:
+    """The name in `Mesh.groups` of the ranks at these places in the pipeline that are otherwise like this one."""
     plain = "edp" if expert else "dp"
-    if mesh.groups[plain] is None or len(stages) == 1:
-        return mesh.groups[plain]
-    key = f"{plain} of pipeline ranks {stages}"
-    if key not in mesh.groups:
-        dp = mesh.layout.dp
-        ranks = sorted(r % dp + stage * dp for r in mesh.layout.ranks(plain, mesh.rank) for stage in stages)
-        mesh.groups[key] = dist.new_group(ranks, mesh.timeout, use_local_synchronization=True)
-    return mesh.groups[key]
+    return plain if len(stages) == 1 else f"{plain} of pipeline ranks {stages}"

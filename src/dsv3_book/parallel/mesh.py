@@ -119,8 +119,7 @@ class Mesh:
         return self.layout.node(self.rank)
 
     def close(self) -> None:
-        """Gives up the groups. Processes that go on with another mesh must: torch names a group that only its members
-        ask for after how many groups each of them has, so what one kept, another would wait for."""
+        """Gives up the groups, for processes that go on with another mesh."""
         for group in {id(group): group for group in self.groups.values() if group is not None}.values():
             dist.destroy_process_group(group)
         self.groups.clear()
