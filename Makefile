@@ -40,8 +40,9 @@ book: $(READY) ## run every chapter and build the book strictly: _build/html/ind
 test: $(READY) ## the whole test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-train: $(READY) ## train a small V3 on this machine, then let it write (ARGS='--steps 50' adds arguments)
-	$(PY) -m torch.distributed.run --standalone --nproc-per-node 1 -m dsv3_book.train --preset laptop --out runs/laptop $(ARGS)
+train: $(READY) ## train a small V3 on two processes with DualPipe, then let it write (ARGS='--steps 50' adds arguments)
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 -m dsv3_book.train \
+	  --preset laptop --parallel.pp 2 --out runs/laptop $(ARGS)
 
 notebooks: $(READY) ## the chapters as .ipynb, for VS Code and Colab: _build/notebooks
 	$(PY) tools/notebooks.py $(ARGS)

@@ -1,12 +1,13 @@
 """Records the laptop run: trains the `laptop` preset as `make train` does, and keeps its curves and its sample.
 
-    python experiments/laptop.py [--out runs/laptop] [--threads 2]
+    python experiments/laptop.py [--out runs/laptop]
 
-A run that is already finished in `--out` is recorded as it is. Chapter 7 and the README show the result.
+A run that is already finished in `--out` is recorded as it is. Chapters 7 and 17 and the README show the result.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 from train import ROOT, record
 
+PROCESSES = 2
 KEEP = ["step", "tokens", "loss", "loss_mtp", "balance_loss", "max_violation", "lr", "grad_norm", "tokens_per_second"]
+KEEP += ["bubble", "memory"]
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -36,11 +39,11 @@ def thinned(steps: list[dict[str, Any]], points: int = 200) -> list[dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="runs/laptop")
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += ["-m", "dsv3_book.train", "--preset", "laptop", "--out", args.out]
-    out = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    command += ["-m", "dsv3_book.train", "--preset", "laptop", "--parallel.pp", str(PROCESSES), "--out", args.out]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, cwd=ROOT, env=one_thread, stdout=subprocess.PIPE, text=True, check=True).stdout
     run = ROOT / args.out
     config = json.loads((run / "run.json").read_text(encoding="utf-8"))
     every = lines(run)
@@ -48,7 +51,8 @@ def main() -> None:
     validation = [line for line in every if "val_loss" in line]
     shown = ["step", "val_loss", "val_bits_per_byte"]
     results = {
-        "threads": args.threads,
+        "processes": PROCESSES,
+        "threads": PROCESSES,
         "config": config,
         "seconds": round(
             sum(s["batch_size"] * config["batch"]["sequence_length"] / s["tokens_per_second"] for s in steps)
@@ -58,7 +62,7 @@ def main() -> None:
         "xz_bits_per_byte": validation[-1]["val_xz_bits_per_byte"],
         "sample": out.partition("A sample after")[2].partition("\n\n")[2].strip("\n"),
     }
-    record("laptop", "make train", results, f"{args.threads} threads, {config['dtype']}")
+    record("laptop", "make train", results, f"{PROCESSES} processes with one thread each, {config['dtype']}")
 
 
 if __name__ == "__main__":

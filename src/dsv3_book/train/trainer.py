@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from dsv3_book.train.folder import RunFolder
 from dsv3_book.train.job import DTYPES, assemble
 from dsv3_book.train.logs import close_log, rank_log
 from dsv3_book.train.metrics import Metrics
+from dsv3_book.train.nonfinite import LIMIT, NonFinite, examine, finite, finite_line, last_checkpoint
 from dsv3_book.train.profile import write_profile
 from dsv3_book.train.recipe import Settings
 from dsv3_book.train.signals import stop_signals
@@ -31,10 +31,6 @@ from dsv3_book.train.speed import peak_flops, peak_memory, train_flops_per_token
 from dsv3_book.train.swaps import load_swaps
 from dsv3_book.train.totals import Totals
 from dsv3_book.train.validation import held_out_loss
-
-
-class NonFinite(RuntimeError):
-    """The loss or the gradient is infinite or not a number; the weights are as they were before that step."""
 
 
 class Trainer:
@@ -68,7 +64,7 @@ class Trainer:
         self.dp, self.place = self.job.mesh.layout.dp, self.job.mesh.index("dp")
         for size in config.batch.sizes():  # a schedule that can't be made is better known now than in a month
             self.job.schedule(size // (config.batch.micro * self.dp))
-        self.step = self.sequences = 0
+        self.step = self.sequences = self.skipped = 0  # skipped: steps not taken since the last that was
         if found:
             self.load(*found)
         elif config.init is not None:
@@ -140,13 +136,13 @@ class Trainer:
         norm = self.optimizer.clip(self.config.optim.clip)
         notes = stop_asked(), self.pipeline.waited, peak_memory(self.parallel.device)
         totals = Totals(losses, self.config.parallel.pp, *notes, self.parallel)
-        self.require_finite(totals, norm)
-        self.update(now, totals)
+        taken = self.take(now, mine, totals, norm)
 
         self.step += 1
         self.sequences += now.sequences
         seconds = time.perf_counter() - began
-        self.metrics.step(self.line(now, totals, norm, seconds), totals.load)
+        line = self.line(now, totals, norm, seconds)
+        self.metrics.step(line if taken else finite_line(line), totals.load)
         self.log.info("step %d: %.3f s, %.3f of them waiting", self.step, seconds, self.pipeline.waited)
         self.write_profile(watch)
         return totals.stop > 0
@@ -207,16 +203,23 @@ class Trainer:
             self.folder.say(f"step {self.step} as a trace: {path} (open it at ui.perfetto.dev)")
         messages.clear()
 
-    def require_finite(self, totals: Totals, norm: Tensor) -> None:
-        """Raises NonFinite before a bad step touches the weights; every process sees the same numbers, so all stop."""
-        main, mtp, balance = totals.losses.tolist()
-        if not all(map(math.isfinite, (main, mtp, balance, norm.item()))):
-            kept = checkpoint.found(self.folder.checkpoints)
-            where = f"the last checkpoint is of step {kept[0][0]}" if kept else "there is no checkpoint yet"
+    def take(self, now: Settings, mine: list[Tensor], totals: Totals, norm: Tensor) -> bool:
+        """Updates the weights, unless something of the step is not finite: then they stay as they are.
+
+        Raises NonFinite if the run is to stop at that; every process sees the same numbers, so all do.
+        """
+        if finite((totals.losses, norm)):
+            self.update(now, totals)
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        said = examine(self, now, mine, totals, norm)
+        if self.config.on_nonfinite == "stop" or self.skipped == LIMIT:
             raise NonFinite(
-                f"step {self.step + 1} is not finite (loss {main}, MTP loss {mtp}, balance loss {balance}, gradient "
-                f"norm {norm.item()}), so it was not taken; {where}. Lower --optim.lr, or try --dtype fp32"
+                f"{said}; {last_checkpoint(self.folder.checkpoints)}. Lower --optim.lr, or try --dtype fp32"
             )
+        self.folder.say(f"warning: {said}. Going on without it")
+        return False
 
     def validate(self, everything: bool = False) -> dict[str, Any]:
         """The main model's loss on held-out text, in nats per token and bits per byte, and a line of metrics; beside
@@ -232,7 +235,7 @@ class Trainer:
             return held_out_loss(self.pipeline, self.job.mesh, batches, self.parallel)
 
         nats, bits, count = loss()
-        line = {"step": self.step, "tokens": self.tokens, "val_loss": nats, "val_bits_per_byte": bits}
+        line: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "val_loss": nats, "val_bits_per_byte": bits}
         line["val_tokens"] = count
         if self.ema is not None:
             with self.ema.swapped(self.optimizer.gather_weights):
@@ -260,7 +263,11 @@ class Trainer:
         One that can't be written is told of, and the next is tried: what was saved before stays good.
         """
         state = self.folder.state(
-            self.data, sequences=self.sequences, tokens=self.tokens, swaps=self.swaps.fingerprints()
+            self.data,
+            sequences=self.sequences,
+            tokens=self.tokens,
+            skipped=self.skipped,
+            swaps=self.swaps.fingerprints(),
         )
         # Nothing in training draws random numbers; the generator is saved so that what a reader adds may.
         rng = {f"rng.{self.parallel.rank}": torch.get_rng_state()}
@@ -280,4 +287,4 @@ class Trainer:
         if rng in tensors:
             torch.set_rng_state(tensors[rng])
         self.optimizer.take_weights()
-        self.step, self.sequences = state["step"], state["sequences"]
+        self.step, self.sequences, self.skipped = state["step"], state["sequences"], state.get("skipped", 0)
