@@ -47,7 +47,7 @@ class DataParallel:
             torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
             limit, store = timedelta(seconds=timeout) if timeout else None, meet(rank, size, timeout)
-            whom = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+            whom: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": size}
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, **whom)
         return DataParallel(rank, size, None, device)
 

@@ -52,6 +52,11 @@ class Transfers:
             for _ in range(AHEAD):
                 self._expect(source)
 
+    def _who(self, rank: int) -> int:
+        """A rank of the pipeline, as it is called among all processes."""
+        group = self.groups[0]
+        return rank if group is None else dist.get_global_rank(group, rank)
+
     def _group(self, source: int, target: int) -> dist.ProcessGroup | None:
         return self.groups[source > target]
 
@@ -77,7 +82,8 @@ class Transfers:
             self._expect(transfer.source)
             self._wait(work)
         except RuntimeError as error:
-            raise RuntimeError(f"{_what(transfer)} did not come from rank {transfer.source}: {error}") from error
+            who = self._who(transfer.source)
+            raise RuntimeError(f"{_what(transfer)} did not come from rank {who}: {error}") from error
         return room
 
     def send(self, transfer: Transfer, content: Tensor) -> None:
@@ -93,7 +99,8 @@ class Transfers:
         try:
             self.leaving.append((dist.isend(content, group=group, group_dst=transfer.target, tag=number), content))
         except RuntimeError as error:
-            raise RuntimeError(f"{_what(transfer)} can't be sent to rank {transfer.target}: {error}") from error
+            who = self._who(transfer.target)
+            raise RuntimeError(f"{_what(transfer)} can't be sent to rank {who}: {error}") from error
 
     def finish(self) -> None:
         """Waits until everything has left."""
