@@ -112,6 +112,10 @@ class Saver:
         """What `wait` will raise, if that is known by now. Costs nothing, and other ranks may know earlier or later."""
         return self.failed
 
+    def abandon(self) -> None:
+        """Another rank is gone: the end of the process need not wait for a save, which can't succeed any more."""
+        atexit.unregister(self._at_exit)
+
     def close(self) -> None:
         """Finishes what is under way (a failure that nobody waited for is dropped), and leaves the group."""
         atexit.unregister(self._at_exit)

@@ -47,7 +47,7 @@ def read(folder: Path) -> Run:
         what = "is no run: it has no metrics.jsonl" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(f"{folder} {what}; give the --out of a training run")
     lines = read_lines(path)
-    steps = {line["step"]: line for line in lines if "loss" in line}
+    steps = {line["step"]: line for line in lines if "loss" in line and not line.get("skipped")}
     if not steps:
         raise ValueError(f"{path} has no training step yet: wait until the run has done one")
     settings = folder / "run.json"

@@ -27,6 +27,7 @@ from dsv3_book.parallel.lost import innermost, is_late, is_lost, reason
 from dsv3_book.parallel.signs import Signs, blame
 from dsv3_book.pipeline.agree import PipelineError
 from dsv3_book.train.logs import NAME
+from dsv3_book.train.metrics import Unwritable
 from dsv3_book.train.nonfinite import NonFinite
 from dsv3_book.train.preflight import PreflightError
 
@@ -37,7 +38,7 @@ KEY = "errors"  # in the store: one note a line, in the order in which they came
 FOREIGN = 2.0  # seconds that a rank waits for the note of one that has ended: it was left before that end
 SILENT = 5.0  # … and for signs of life of those that were waited for in vain
 INPUT = (ValueError, OSError, ModuleNotFoundError)  # before training begins: what the user gave is at fault
-TOLD = (NonFinite, SaveError, PreflightError, CheckpointError)  # the same words on all ranks
+TOLD = (NonFinite, SaveError, PreflightError, CheckpointError, Unwritable)  # the same on all ranks, or rank 0's only
 PLAIN = (*TOLD, PipelineError, PeerError)  # errors of ours: the sentence needs no type in front
 
 
@@ -89,6 +90,8 @@ class Ending:
         bad_input = self.trainer is None and isinstance(error, (*INPUT, PeerError))
         mine = self._note(error, bad_input)
         self._write_down(error, mine)
+        if self.trainer is not None and mine.kind == "lost":
+            self.trainer.saver.abandon()
         first = self._first(mine, is_late(error))
         sentence = f"error: {self._sentence(first)}"
         speaks = first.rank == mine.rank or (mine.rank == 0 and first.screen != mine.screen)
@@ -191,7 +194,15 @@ def words(error: Exception) -> str:
         if first is not error and not is_lost(error) and str(first):
             text = text.replace(reason(first), f"{type(first).__name__}: {reason(first)}", 1)
         return text
+    if is_lost(error) and not error.__cause__:  # torch's own words say nothing of what was waited for
+        return f"in {_place(error)}: {text}"
     return text if isinstance(error, (*PLAIN, *INPUT)) and text else f"{type(error).__name__}: {text}"
+
+
+def _place(error: Exception) -> str:
+    """Where in this package an error came up."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "dsv3_book" in f.filename]
+    return f"{frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else "torch"
 
 
 def _screen() -> str:

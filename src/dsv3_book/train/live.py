@@ -69,8 +69,9 @@ def broken(parts: Sequence[str], width: int) -> str:
 
 
 def learned(line: Mapping[str, Any]) -> list[str]:
-    """How the model does."""
-    return [f"loss {line['loss']:.3f}", f"mtp {line['loss_mtp']:.3f}", f"MaxVio {line['max_violation']:.2f}"]
+    """How the model does. A step that was left out has no loss."""
+    loss, mtp = ("–" if line[name] is None else f"{line[name]:.3f}" for name in ("loss", "loss_mtp"))
+    return [f"loss {loss}", f"mtp {mtp}", f"MaxVio {line['max_violation']:.2f}"]
 
 
 def worked(line: Mapping[str, Any], tokens_per_second: float) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,7 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
+from dsv3_book.disk import why
 from dsv3_book.model.balance import max_violation
 from dsv3_book.train.live import Live
 from dsv3_book.train.loads import label, load_figure, pixels
@@ -23,11 +26,23 @@ LOADS = "load.jsonl"
 MOMENTS = 100  # how often in a run the loads of all experts are written down
 
 
+class Unwritable(OSError):
+    """The run can't tell of its steps any more; it stopped after one that is saved."""
+
+    def __init__(self, problem: OSError, folder: Path, step: int) -> None:
+        self.problem = problem
+        super().__init__(
+            f"{why(problem, folder)}: without its metrics the run does not go on. It stopped after step {step}, which "
+            "is saved; the same command goes on from there"
+        )
+
+
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, each on disk before the next step begins.
+    """`metrics.jsonl`: one JSON object a line, each with the system before the next step begins.
 
     Opening it for a run that goes on from `step` drops what was written after that step (the work of a run that was
-    killed before it could save, and a last line that was cut short), so a resumed file equals an uncut one.
+    killed before it could save, and a last line that was cut short), so a resumed file equals an uncut one. A line that
+    can't be written is kept for the next try, and leaves nothing half-written behind.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -36,14 +51,32 @@ class MetricsFile:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
+        self.waiting: list[bytes] = []
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.file.flush()
+        """Raises OSError if it can't be written now."""
+        self.waiting.append((json.dumps(line, allow_nan=False) + "\n").encode())
+        self._empty()
 
     def close(self) -> None:
-        self.file.close()
+        """Raises OSError if some lines could not be written."""
+        try:
+            self._empty()
+        finally:
+            self.file.close()
+
+    def _empty(self) -> None:
+        while self.waiting:
+            line, end = self.waiting[0], os.fstat(self.file.fileno()).st_size
+            try:
+                if self.file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self.file.fileno(), end)
+                raise
+            self.waiting.pop(0)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -78,6 +111,7 @@ class Metrics:
         self.folder, self.first, self.steps, self.routers = folder, 0, steps, list(routers)
         self.console = Console(file=sys.stderr, soft_wrap=True, quiet=quiet or folder is None)
         self.load: Float[np.ndarray, "routers E"] | None = None  # of the last step
+        self.problem: OSError | None = None  # the first thing that could not be written
 
     def after(self, step: int) -> Metrics:
         """Ready to go on from `step`."""
@@ -101,19 +135,31 @@ class Metrics:
     ) -> None:
         if self.folder is not None:
             self.live.stop()
-            self.file.close()
-            self.loads.close()
-            self.board.close()
+            for one in (self.file, self.loads, self.board):
+                with self._noting():
+                    one.close()
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Nothing that can't be written is an error here: training is to end in order, with a checkpoint."""
+        try:
+            yield
+        except OSError as error:
+            self.problem = self.problem or error
 
     def step(self, line: Mapping[str, Any], load: Float[Tensor, "routers E"] | None = None) -> None:
         """One optimiser step. `load`: tokens per expert in all of it, a row for each of `routers`; None if there are no
         routers."""
-        if self.folder is None:
-            return
+        if self.folder is not None:
+            with self._noting():
+                self._write(line, load)
+            self.live.show(line)
+
+    def _write(self, line: Mapping[str, Any], load: Float[Tensor, "routers E"] | None) -> None:
         step = line["step"]
         self.file.write(line)
         for name, value in line.items():
-            if name not in ("step", "tokens"):
+            if name not in ("step", "tokens") and value is not None:
                 self.board.add_scalar(f"train/{name}", value, step)
         if load is not None and len(load):
             for name, value in zip(self.routers, max_violation(load).tolist(), strict=True):
@@ -121,12 +167,19 @@ class Metrics:
             self.load = load.double().cpu().numpy().copy()
             if step == self.steps or step % max(1, self.steps // MOMENTS) == 0:
                 self.loads.write({"step": step, "load": self.load.round().astype(int).tolist()})
-        self.live.show(line)
 
     def validation(self, line: Mapping[str, Any]) -> None:
         """One evaluation, and a picture of how experts are used at that time."""
         if self.folder is None:
             return
+        with self._noting():
+            self._write_validation(line)
+        self.say(
+            f"step {line['step']}: validation {line['val_loss']:.4f} nats/token, "
+            f"{line['val_bits_per_byte']:.4f} bits/byte ({line['val_tokens']:,} tokens)"
+        )
+
+    def _write_validation(self, line: Mapping[str, Any]) -> None:
         self.file.write(line)
         for name, value in line.items():
             if name.startswith("val_") and name != "val_tokens" and value is not None:
@@ -134,10 +187,6 @@ class Metrics:
         if self.load is not None:
             picture = pixels(load_figure(self.load, [label(name) for name in self.routers]))
             self.board.add_image("load over mean", picture, line["step"], dataformats="HWC")
-        self.say(
-            f"step {line['step']}: validation {line['val_loss']:.4f} nats/token, "
-            f"{line['val_bits_per_byte']:.4f} bits/byte ({line['val_tokens']:,} tokens)"
-        )
 
     def say(self, message: str) -> None:
         """A message to people, above the live bar if there is one."""

@@ -94,7 +94,7 @@ def numbers(run: Run) -> list[tuple[str, str, str]]:
     if not run.steps:
         return [("steps", "none yet", "")]
     found: list[tuple[str, str, str]] = []
-    last = run.column("loss")[-AVERAGED:]
+    last = np.array([number(line, "loss") for line in run.steps if not line.get("skipped")][-AVERAGED:] or [math.nan])
     of = f"the last {len(last)} steps" if len(last) > 1 else "the one step"
     found.append(("loss", _digits(float(last.mean())), f"nats/token, mean of {of}"))
     if run.validations:
@@ -105,6 +105,8 @@ def numbers(run: Run) -> list[tuple[str, str, str]]:
         found.append(("bits per byte", _digits(bits), beside))
         if math.isfinite(average := number(line, "val_loss_ema")):
             found.append(("of averaged weights", _digits(average), "validation loss, nats/token"))
+    if skipped := sum(bool(line.get("skipped")) for line in run.steps):
+        found.append(("left out", f"{skipped:,}", "steps whose loss or gradient was not finite"))
     tokens, seconds = number(run.steps[-1], "tokens", 0.0), run.seconds()
     found.append(("tokens", f"{tokens:,.0f}", ""))
     if seconds > 0:

@@ -22,7 +22,7 @@ from dsv3_book.train.config import TrainConfig
 from dsv3_book.train.folder import RunFolder
 from dsv3_book.train.job import DTYPES, assemble
 from dsv3_book.train.logs import close_log, rank_log
-from dsv3_book.train.metrics import Metrics
+from dsv3_book.train.metrics import Metrics, Unwritable
 from dsv3_book.train.nonfinite import LIMIT, NonFinite, examine, finite, finite_line, last_checkpoint
 from dsv3_book.train.profile import write_profile
 from dsv3_book.train.recipe import Settings
@@ -72,6 +72,7 @@ class Trainer:
         self.saver = Saver(self.folder.checkpoints, parallel, config.every.keep, config.parallel.timeout)
         names = self.pipeline.router_names()
         self.metrics = Metrics(config.out if parallel.rank == 0 else None, config.steps, names, quiet)
+        self.warned: SaveError | None = None
         self.log = rank_log(config.out, parallel.rank)
         self.flops = train_flops_per_token(config.model, config.batch.sequence_length)
         self.peak = peak_flops(parallel.device, DTYPES[config.dtype], config.fp8)
@@ -107,15 +108,19 @@ class Trainer:
         every = self.config.every
         with self.metrics.after(self.step), stop_signals() as stop_asked:
             while self.step < self.config.steps:
-                stop = self.train_step(stop_asked) or self.step == self.config.pause_at
+                stop = self.train_step(lambda: stop_asked() or self.metrics.problem is not None)
+                stop = stop or self.step == self.config.pause_at
                 last = self.step == self.config.steps
                 if last or self.step % every.validation == 0:
                     self.validate(everything=last)
                 if last or stop or self.step % every.checkpoint == 0:
                     self.save()
+                self.warn()
                 if stop or last:
                     break
             self.saver.wait()
+        if self.metrics.problem is not None:
+            raise Unwritable(self.metrics.problem, self.config.out, self.step)
         return self.step == self.config.steps
 
     def train_step(self, stop_asked: Callable[[], bool] = lambda: False) -> bool:
@@ -262,21 +267,23 @@ class Trainer:
 
         One that can't be written is told of, and the next is tried: what was saved before stays good.
         """
-        state = self.folder.state(
-            self.data,
-            sequences=self.sequences,
-            tokens=self.tokens,
-            skipped=self.skipped,
-            swaps=self.swaps.fingerprints(),
-        )
+        counts = {"sequences": self.sequences, "tokens": self.tokens, "skipped": self.skipped}
+        state = self.folder.state(self.data, swaps=self.swaps.fingerprints(), **counts)
         # Nothing in training draws random numbers; the generator is saved so that what a reader adds may.
         rng = {f"rng.{self.parallel.rank}": torch.get_rng_state()}
         try:
             self.saver.wait()
         except SaveError as error:
-            self.folder.say(f"warning: {error}")
+            self.warn(error)
         self.saver.start(self.step, self.tensors() | rng, state)
         self.log.info("saving the checkpoint of step %d", self.step)
+
+    def warn(self, problem: SaveError | None = None) -> None:
+        """Tells once of a save that failed, as soon as it is known."""
+        problem = problem or self.saver.problem()
+        if problem is not None and problem is not self.warned:
+            self.folder.say(f"warning: {problem}")
+            self.warned = problem
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Goes back to the moment of a checkpoint, which another layout may have written."""
