@@ -1,9 +1,9 @@
 """What a micro-batch leaves behind for its backward, in bytes, tensor by tensor: config only, no torch.
 
 A chunk's activations live from its forward to its input gradient (I, or a whole B). What is counted here is what *our*
-code holds on a GPU in that time: what autograd saves, what `ops.recomputed` computes again from, the inputs of a
-`Cut`, and the tables of an all-to-all. `tests/test_costs_activations.py` holds it against every byte that is really
-alive after a forward, at small sizes. Four of the rows are not in the report's account (§3.2.3, §3.3.3): `AVOIDABLE`.
+code holds on a GPU in that time: what autograd saves, what `ops.recomputed` computes again from, and the tables of an
+all-to-all. `tests/test_costs_activations.py` holds it against every byte that is really alive after a forward, at small
+sizes. Three of the rows are not in the report's account (§3.2.3, §3.3.3): `AVOIDABLE`.
 
 Loads are taken as balanced: as many token-slots arrive at a rank's experts as leave it, `tokens` · K.
 """
@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from .config import ModelConfig
 from .costs import BYTES, SCALE_TILE, attention_params, embedding_params, expert_params
 
-ROWS = "rows as they arrived at experts"
 ROUTER_INPUT = "router's input in fp32"
 ATTENTION_OUTPUT = "attention's output"
 HEAD_GRADIENT = "head's weight gradient"
 # Held by our code though the report's account has nothing like it, and why.
 AVOIDABLE = {
-    ROWS: "a Cut holds its inputs until backward, though the experts keep their FP8 codes",
     ROUTER_INPUT: "the router's product saves a copy of the normalised input that recomputation doesn't cover",
     ATTENTION_OUTPUT: "torch's attention saves its output in bf16 beside the E5M6 codes that o_proj keeps",
     HEAD_GRADIENT: "the head's weight gradient is made in the forward, and kept for each micro-batch until backward",
@@ -54,9 +52,9 @@ class Numbers:
 
     @property
     def avoidable(self) -> list[str]:
-        """Which of AVOIDABLE could be done without: without FP8 rows and attention's output are products' inputs, and
-        without recomputation so is what the router reads."""
-        needed = [*([] if self.fp8 else [ROWS, ATTENTION_OUTPUT]), *([] if self.recompute else [ROUTER_INPUT])]
+        """Which of AVOIDABLE could be done without: without FP8 attention's output is a product's input, and without
+        recomputation so is what the router reads."""
+        needed = [*([] if self.fp8 else [ATTENTION_OUTPUT]), *([] if self.recompute else [ROUTER_INPUT])]
         return [name for name in AVOIDABLE if name not in needed]
 
 
@@ -94,12 +92,11 @@ def kept_by_layer(
     found["copies of weights"] += E * d * 4 * (n.weights != "fp32")  # the router's, in fp32
     # scores; chosen, their scores, the sum; the balance loss's sum and frequencies, and the load
     found["router"] += T * (4 * E + 8 * K + 4 * cfg.norm_topk_prob * (K + 1) + 4) + 8 * E + 4
-    found["routing tables"] += (24, 61, 97)[hops] * S + 4 * S + 8 * held
-    found[ROWS if n.fp8 else "routed experts"] += S * d * size
+    found["routing tables"] += (24, 61, 97)[hops] * S + (4 if n.fp8 else size) * S + 8 * held  # and the rows' gates
     if n.fp8:
         found["routed experts"] += S * (codes(d) + 2 * codes(F))
-    else:  # gate and up, their SwiGLU, and that times the router's gate
-        found["routed experts"] += S * (4 * F * size + size * (n.dtype != "fp32"))
+    else:  # rows as they arrived; gate and up, their SwiGLU, and that times the router's gate
+        found["routed experts"] += S * (d + 4 * F) * size
         found["copies of weights"] += n.casts * held * expert_params(cfg) * size
     return +found
 

@@ -1,6 +1,7 @@
 """A chunk run in parts, alone or as one of a pair, is the model's own forward and backward."""
 
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from dsv3_book.fp8.layers import use_fp8
 from dsv3_book.model import Transformer
 from dsv3_book.pipeline.cut import Cut, Ledger
 from dsv3_book.pipeline.overlap import ORDER, Run, overlapped
-from dsv3_book.pipeline.stage import Chunk, Weights
+from dsv3_book.pipeline.stage import Chunk, MoELayer, Weights
 
 M, LAMBDA = 3, 0.3
 
@@ -122,3 +123,58 @@ def test_a_cut_frees_what_it_kept_and_can_be_used_once() -> None:
     assert ledger.live == 0
     with pytest.raises(AttributeError):
         cut.backward(None, None, None)
+
+
+def test_gradients_of_several_inputs() -> None:
+    """Used twice, once, not at all, and handed through; each as a leaf's would be, contiguous."""
+    inputs = [torch.randn(4, 3) for _ in range(4)]
+
+    def fn(a: torch.Tensor, b: torch.Tensor, _: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (a * a + a.sin()).sum() + b.sum(), d
+
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    one, d = fn(*leaves)
+    torch.autograd.backward([one, d], [torch.tensor(0.5), torch.ones(4, 3)])
+    cut = Cut(fn)
+    cut.forward(*inputs)
+    found = cut.backward(torch.tensor(0.5), torch.ones(4, 3))
+    assert found[2] is None
+    for leaf, dx in zip(leaves, found, strict=True):
+        assert (leaf.grad is None) == (dx is None)
+        assert leaf.grad is None or (dx is not None and torch.equal(leaf.grad, dx) and dx.is_contiguous())
+    assert not any(t.requires_grad for t in inputs)
+    (cut := Cut(fn)).forward(*inputs)
+    assert cut.backward(None, torch.ones(4, 3))[:3] == (None, None, None)
+
+
+def test_a_cut_keeps_of_its_inputs_what_backward_needs() -> None:
+    """And nothing is left of one that never runs backward."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    needed, other = torch.randn(3), torch.randn(3)
+    storages = [weakref.ref(t.untyped_storage()) for t in (needed, other)]
+    cut = Cut(lambda a, b: (a * weight + b,))
+    cut.forward(needed, other)
+    del needed, other
+    assert storages[0]() is not None and storages[1]() is None
+    del cut
+    assert storages[0]() is None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_of_rows_that_arrived_only_their_codes_are_kept_in_fp8(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def mlp(self: MoELayer, tokens: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor]:
+        arrived.append(weakref.ref(tokens.untyped_storage()))
+        return experts(self, tokens, gates)
+
+    experts = MoELayer._mlp
+    monkeypatch.setattr(MoELayer, "_mlp", mlp)
+    for fp8 in (True, False):
+        model = made(1, recompute, torch.bfloat16, fp8)
+        chunk = Chunk(model, batch(1)[0], model.dispatch, None)
+        Run(chunk.forward(None)).finish()
+        assert [storage() is None for storage in arrived] == [fp8] * 4
+        arrived.clear()

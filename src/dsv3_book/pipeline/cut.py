@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 Tensors = tuple[Tensor | None, ...]
@@ -21,26 +22,53 @@ class Cut:
     `forward(*inputs)` gives the outputs. `backward(*gradients)`, one for each
     output, runs this piece's backward alone: it adds to the gradients of the
     parameters inside, returns those of the inputs, and frees what was kept. Of
-    the outputs only their place in the graph is remembered, so their memory is
-    their user's business.
+    inputs and outputs only their place in the graph is remembered: an input
+    lives on if something inside saved it, an output is its user's business.
     """
 
     def __init__(self, fn: Callable[..., Tensors], ledger: Entry | None = None) -> None:
         self.fn, self.ledger = fn, ledger
 
     def forward(self, *inputs: Tensor) -> Tensors:
-        self.inputs = [t.detach().requires_grad_() for t in inputs]
+        self.caught: list[Tensor | None] = [None] * len(inputs)  # not the inputs, their gradients
         with torch.enable_grad(), self.ledger.watch() if self.ledger else nullcontext():
-            outputs = self.fn(*self.inputs)
+            outputs = self.fn(*_enter(self.caught, inputs))
         self.edges = [get_gradient_edge(t) if t is not None and t.requires_grad else None for t in outputs]
         return tuple(None if t is None else t.detach() for t in outputs)
 
     def backward(self, *gradients: Tensor | None) -> Tensors:
         ends = [(e, g) for e, g in zip(self.edges, gradients, strict=True) if e is not None and g is not None]
         torch.autograd.backward([e for e, _ in ends], [g for _, g in ends])
-        answer = tuple(t.grad for t in self.inputs)
-        del self.edges, self.inputs, self.fn
+        answer = tuple(self.caught)
+        self.caught.clear()  # what waits for a W may still hold the graph, and with it this list
+        del self.edges, self.caught, self.fn
         return answer
+
+
+def _enter(caught: list[Tensor | None], inputs: tuple[Tensor, ...]) -> Tensors:
+    """The inputs with a graph that begins here; their gradients will be put into `caught`."""
+    if not inputs:
+        return ()
+    handle = torch.empty(0, device=inputs[0].device, requires_grad=True)  # something must require a gradient
+    return _Door.apply(caught, handle, *inputs)
+
+
+class _Door(torch.autograd.Function):
+    """Where a piece begins. Leaves with a `.grad` would do as well, but a graph keeps the memory of its leaves; this
+    node keeps none. It knows the list and not the `Cut`, whose graph it is part of: that would be a circle."""
+
+    @staticmethod
+    def forward(ctx: Any, caught: list[Tensor | None], handle: Tensor, *inputs: Tensor) -> Tensors:
+        ctx.caught = caught
+        ctx.set_materialize_grads(False)
+        return tuple(t.detach() for t in inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensors:
+        # Contiguous as a leaf's gradient would be: that of a sum, for one, is a single number seen many times.
+        ctx.caught[:] = [None if g is None else g.contiguous() for g in grads]
+        return (None,) * (2 + len(grads))
 
 
 class Ledger:
