@@ -65,6 +65,7 @@ class Trainer:
         for size in config.batch.sizes():  # a schedule that can't be made is better known now than in a month
             self.job.schedule(size // (config.batch.micro * self.dp))
         self.step = self.sequences = self.skipped = 0  # skipped: steps not taken since the last that was
+        torch.manual_seed(config.seed + parallel.rank)  # for what a reader adds: torch's own beginning is random
         if found:
             self.load(*found)
         elif config.init is not None:
