@@ -126,7 +126,7 @@ class Saver:
             dist.destroy_process_group(self.parallel.group)
 
     def _at_exit(self) -> None:
-        """The process ends: a save under way gets a moment, and no more."""
+        """The process ends: a save under way gets a moment, and no more; then it is cut off, as a kill would."""
         if self.thread is not None:
             self.thread.join(GRACE)
 

@@ -111,7 +111,7 @@ from dsv3_book.saver import Saver
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 store = f"file://{folder}/store"
-dist.init_process_group("gloo", store, datetime.timedelta(seconds=60), rank=rank, world_size=2)
+dist.init_process_group("gloo", store, datetime.timedelta(seconds=300), rank=rank, world_size=2)
 saver = Saver(folder / "checkpoints", DataParallel(rank, 2))
 try:
     for step in itertools.count(1):
@@ -137,7 +137,7 @@ def test_a_kill_of_a_rank_at_a_random_moment(tmp_path: Path, victim: int) -> Non
             time.sleep(0.01)
         time.sleep(random.Random().uniform(0, 0.3))
         ranks[victim].send_signal(signal.SIGKILL)
-        said = ranks[1 - victim].communicate(timeout=120)[1]
+        said = ranks[1 - victim].communicate(timeout=400)[1]
     finally:
         for process in ranks:
             process.kill()
@@ -192,5 +192,6 @@ def test_a_process_that_fails_while_a_save_hangs_ends(tmp_path: Path) -> None:
         for process in ranks:
             process.kill()
             process.communicate()
-    assert ranks[0].returncode == 1 and "ValueError: the step failed" in said
+    # 1; or SIGABRT, where the end of Python meets the thread in Python and not in its wait for the other rank
+    assert ranks[0].returncode in (1, -signal.SIGABRT) and "ValueError: the step failed" in said
     assert not checkpoint.found(tmp_path / "checkpoints")
