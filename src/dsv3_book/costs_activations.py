@@ -3,7 +3,7 @@
 A chunk's activations live from its forward to its input gradient (I, or a whole B). What is counted here is what *our*
 code holds on a GPU in that time: what autograd saves, what `ops.recomputed` computes again from, and the tables of an
 all-to-all. `tests/test_costs_activations.py` holds it against every byte that is really alive after a forward, at small
-sizes. Three of the rows are not in the report's account (§3.2.3, §3.3.3): `AVOIDABLE`.
+sizes. Two of the rows are not in the report's account (§3.2.3, §3.3.3): `AVOIDABLE`.
 
 Loads are taken as balanced: as many token-slots arrive at a rank's experts as leave it, `tokens` · K.
 """
@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from .config import ModelConfig
 from .costs import BYTES, SCALE_TILE, attention_params, embedding_params, expert_params
 
-ROUTER_INPUT = "router's input in fp32"
 ATTENTION_OUTPUT = "attention's output"
 HEAD_GRADIENT = "head's weight gradient"
 # Held by our code though the report's account has nothing like it, and why.
 AVOIDABLE = {
-    ROUTER_INPUT: "the router's product saves a copy of the normalised input that recomputation doesn't cover",
     ATTENTION_OUTPUT: "torch's attention saves its output in bf16 beside the E5M6 codes that o_proj keeps",
     HEAD_GRADIENT: "the head's weight gradient is made in the forward, and kept for each micro-batch until backward",
 }
@@ -52,10 +50,8 @@ class Numbers:
 
     @property
     def avoidable(self) -> list[str]:
-        """Which of AVOIDABLE could be done without: without FP8 attention's output is a product's input, and without
-        recomputation so is what the router reads."""
-        needed = [*([] if self.fp8 else [ATTENTION_OUTPUT]), *([] if self.recompute else [ROUTER_INPUT])]
-        return [name for name in AVOIDABLE if name not in needed]
+        """Which of AVOIDABLE could be done without: without FP8 attention's output is a product's input."""
+        return [name for name in AVOIDABLE if self.fp8 or name != ATTENTION_OUTPUT]
 
 
 def codes(width: int) -> int:
@@ -85,11 +81,8 @@ def kept_by_layer(
     held = E if experts is None else experts
     if cfg.n_shared_experts:
         found += _swiglu("shared experts", d, cfg.n_shared_experts * F, T, n)
-    if not n.recompute:  # what the shared experts keep, and the router where it needs no copy in fp32
-        shared, router = T * n.kept(d) * bool(cfg.n_shared_experts), T * d * 4 * (n.dtype == "fp32")
-        found["normalised inputs"] += shared + router if n.fp8 else max(shared, router)
-    found[ROUTER_INPUT] += T * d * 4 * (n.dtype != "fp32")
-    found["copies of weights"] += E * d * 4 * (n.weights != "fp32")  # the router's, in fp32
+    if not n.recompute:  # what the router keeps, and in FP8 the shared experts' codes beside it
+        found["normalised inputs"] += T * (d * size + n.kept(d) * n.fp8 * bool(cfg.n_shared_experts))
     # scores; chosen, their scores, the sum; the balance loss's sum and frequencies, and the load
     found["router"] += T * (4 * E + 8 * K + 4 * cfg.norm_topk_prob * (K + 1) + 4) + 8 * E + 4
     found["routing tables"] += (24, 61, 97)[hops] * S + (4 if n.fp8 else size) * S + 8 * held  # and the rows' gates

@@ -88,3 +88,24 @@ def test_casting_the_model_leaves_the_bias_alone(cast):
     router.to(cast)
     assert router.weight.dtype == cast and router.e_score_correction_bias.dtype == torch.float32
     assert torch.equal(router.e_score_correction_bias, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_the_router_keeps_its_input_as_it_came_and_has_autograds_bits(dtype, weights):
+    router = Router(SMALL.replace(norm_topk_prob=False, routed_scaling_factor=1.0))
+    torch.nn.init.normal_(router.weight)
+    router.to(weights)
+    x = torch.randn(30, SMALL.hidden_size).to(dtype).requires_grad_()
+    dy = torch.randn(30, SMALL.n_routed_experts)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        scores = router(x).scores
+    assert not any(t.shape == x.shape and t.data_ptr() != x.data_ptr() for t in kept)
+    scores.backward(dy)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, router.weight)]
+    expected = torch.sigmoid(leaves[0].float() @ leaves[1].float().t())
+    expected.backward(dy)
+    assert torch.equal(scores, expected) and scores.dtype == torch.float32
+    for found, leaf in zip((x, router.weight), leaves, strict=True):
+        assert found.grad.dtype == leaf.dtype and torch.equal(found.grad, leaf.grad)

@@ -142,12 +142,12 @@ def test_what_waits_for_its_w_is_counted() -> None:
 def test_v3_does_not_fit_and_why(v3: Plan) -> None:
     assert [m.micro_batches for m in v3.memory] == [17] * 16
     assert not v3.fits and v3.worst.rank in (0, 15)
-    assert v3.worst.total == pytest.approx(101.9e9, rel=0.01)
-    assert v3.memory[1].total == pytest.approx(100.1e9, rel=0.01)
+    assert v3.worst.total == pytest.approx(99.8e9, rel=0.01)
+    assert v3.memory[1].total == pytest.approx(92.1e9, rel=0.01)
     assert 75e9 < max(m.total for m in v3.changed) < GPU_MEMORY  # what the report does would do
     saved = {change.what: change.saves for change in v3.changes}
-    assert saved["router's input in fp32"] == pytest.approx(17 * 4 * 4096 * 7168 * 4)
-    assert len(saved) == 4
+    assert saved["attention's output"] == pytest.approx(17 * 4 * 4096 * 128 * (128 * 2 + 4))
+    assert len(saved) == 3
     job, _ = job_of(V3, 2048)
     held = count_weights(job)
     fullest = [max(m.total for m in memory(replace(job, tokens=v3.longest + more), held)) for more in (0, 128)]
@@ -314,7 +314,7 @@ def test_the_page_is_narrow_and_says_it_all(v3: Plan) -> None:
     for page in pages:
         assert max(map(len, page.splitlines())) <= 100
     assert "682,636,472,320 counted on the meta device, 682,636,472,320 expected" in pages[0]
-    assert "does NOT fit, by 21.9 GB, on pipeline rank 0" in pages[0]
+    assert "does NOT fit, by 19.8 GB, on pipeline rank 0" in pages[0]
     assert f"at most {v3.longest:,} tokens would fit" in pages[0]
     assert "layer 60, head, MTP (61; reads the embedding)" in pages[0]
     assert "Beside the report" in pages[0] and "Beside the report" not in "".join(pages[1:])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dsv3_book.config import ModelConfig
 
@@ -48,6 +49,27 @@ def gate_weights(
     return gates * scale
 
 
+class _Logits(torch.autograd.Function):
+    """x · weightᵀ in fp32. Kept for backward are x and the weight as they came, and not their fp32 copies: where x is a
+    norm's output, `ops.recomputed` then keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "N D"], weight: Float[Tensor, "E D"]) -> Float[Tensor, "N E"]:
+        ctx.save_for_backward(x, weight)
+        return x.float() @ weight.float().t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx, dweight = None, None
+        if ctx.needs_input_grad[0]:
+            dx = (grads[0] @ weight.float()).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = (grads[0].t() @ x.float()).to(weight.dtype)
+        return dx, dweight
+
+
 class Router(nn.Module):
     """Sigmoid affinities of each token to E experts, all in fp32, and the choice made from them.
 
@@ -65,7 +87,7 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
         cfg = self.cfg
-        scores = torch.sigmoid(x.float() @ self.weight.float().t())
+        scores = torch.sigmoid(_Logits.apply(x, self.weight))
         with torch.no_grad():
             experts = select(scores, self.e_score_correction_bias, cfg.n_group, cfg.topk_group, cfg.num_experts_per_tok)
             load = torch.bincount(experts.flatten(), minlength=cfg.n_routed_experts).float()
