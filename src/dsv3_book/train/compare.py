@@ -20,7 +20,7 @@ import tyro
 from dsv3_book.checkpoint import differences
 from dsv3_book.train.metrics import read_lines
 
-CLOCK = ("tokens_per_second", "bubble", "memory")  # these differ between two runs of the same thing
+CLOCK = ("tokens_per_second", "bubble", "memory", "mfu")  # these differ between two runs of the same thing
 ROUNDING = 1e-5  # relative: what another order of sums makes of a loss in its first steps
 Line = dict[str, Any]
 

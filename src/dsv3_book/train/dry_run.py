@@ -24,6 +24,7 @@ from dsv3_book.train.plan_time import END, UNEVEN
 
 Item = TypeVar("Item")
 UNITS = (("GB", 1e9), ("MB", 1e6))
+WIDTH = 100  # columns that lines of words fill; tables have the width of their cells
 
 
 def dry_run(config: TrainConfig, world: int | None) -> Plan:
@@ -257,4 +258,4 @@ def _tokens(count: float) -> str:
 
 
 def _wrapped(line: str, indent: int) -> list[str]:
-    return textwrap.wrap(line, 100, subsequent_indent=" " * indent, break_on_hyphens=False)
+    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
