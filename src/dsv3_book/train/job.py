@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_book.checkpoint import differences
+from dsv3_book.config import ModelConfig
 from dsv3_book.costs import count
 from dsv3_book.fill import fill
 from dsv3_book.model import Transformer
@@ -25,6 +27,7 @@ from dsv3_book.optim.zero import ZeRO1
 from dsv3_book.parallel import DataParallel
 from dsv3_book.parallel.choose import make_dispatch
 from dsv3_book.parallel.mesh import Mesh, make_mesh, node_size
+from dsv3_book.parallel.together import Failed, together
 from dsv3_book.parallel.transport import DelayedTransport
 from dsv3_book.pipeline.executor import Pipeline
 from dsv3_book.pipeline.schedule import Schedule, make_schedule
@@ -32,6 +35,8 @@ from dsv3_book.slab import Slab, Value
 from dsv3_book.train.config import TrainConfig
 from dsv3_book.train.swaps import Swaps
 
+# Fields of a model's configuration that no weight's shape or meaning depends on.
+WEIGHTLESS = ("max_position_embeddings", "rope_scaling", "aux_loss_alpha", "initializer_range")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -126,9 +131,25 @@ class Job:
             for name, _ in experts.named_parameters()
         }
 
-    def begin_with(self, folder: Path) -> None:
-        """Takes weights and routing biases from a folder in the released format, and the average from them."""
-        fill(self.weights(), folder)
+    def begin_with(self, folder: Path, parallel: DataParallel) -> None:
+        """Takes weights and routing biases from a folder in the released format, and the average from them.
+
+        Raises ValueError, on all processes, if one of them can't, or the folder holds another model.
+        """
+
+        def work() -> None:
+            own, theirs = (
+                {k: v for k, v in asdict(cfg).items() if k not in WEIGHTLESS}
+                for cfg in (self.config.model, ModelConfig.from_hf(folder))
+            )
+            if different := differences(theirs, own):
+                raise ValueError(f"it holds another model ({'; '.join(different)}): give the same --model.… settings")
+            fill(self.weights(), folder)
+
+        try:
+            together(f"the reading of {folder}", parallel, work, lambda done: done)
+        except Failed as failed:
+            raise ValueError(f"--init {folder}: {failed}") from None
         self.optimizer.take_weights()
         if self.ema is not None:
             masters = self.optimizer.masters()

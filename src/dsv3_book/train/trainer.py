@@ -69,7 +69,7 @@ class Trainer:
         if found:
             self.load(*found)
         elif config.init is not None:
-            self.job.begin_with(config.init)
+            self.job.begin_with(config.init, parallel)
         self.saver = Saver(self.folder.checkpoints, parallel, config.every.keep, config.parallel.timeout)
         names = self.pipeline.router_names()
         self.metrics = Metrics(config.out if parallel.rank == 0 else None, config.steps, names, quiet)
