@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,17 @@ class RunFolder:
             print(message, file=sys.stderr, flush=True)
 
     def _take(self) -> None:
+        """The lock is the system's, on an open file: when its process ends, however it does, it is free."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / ".lock")
+        self.lock, holder = FileLock(self.path / ".lock"), self.path / ".holder"
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"another process is training in {self.path}: stop it, or name another --out") from None
+            who = holder.read_text(encoding="utf-8") if holder.exists() else "of unknown number"
+            raise ValueError(
+                f"another process is training in {self.path} (process {who}): stop it, or name another --out"
+            ) from None
+        holder.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
 
     def release(self) -> None:
         """Lets others have the folder."""
