@@ -20,8 +20,8 @@ CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]-*.md"))
 NOTEBOOKS = [
     page for page in sorted({*PAGES, *CHAPTERS}) if page.exists() and "{code-cell}" in page.read_text(encoding="utf-8")
 ]
-# Directives that only the back matter may use: it is never turned into a notebook.
-BACK_MATTER = {"glossary", "bibliography", "tableofcontents"}
+# Directives that only pages without cells may use: they are never turned into notebooks.
+BACK_MATTER = {"glossary", "bibliography", "tableofcontents", "literalinclude"}
 page_of = {"ids": lambda page: page.stem}
 
 

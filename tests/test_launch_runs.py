@@ -122,7 +122,7 @@ SLURM = {
 }  # fmt: skip
 STAND_INS = {
     "scontrol": 'echo "$@" >> "$LOG/scontrol"; [ "$1" != show ] || printf "node%s\\n" 1 2 3 4',
-    "srun": 'printf "%s\\n" "$1" > "$LOG/srun"; shift; export HOST=step; "$@" & echo $! > "$LOG/step"; wait $!',
+    "srun": 'while [[ $1 == -* ]]; do shift; done; export HOST=step; "$@" & echo $! > "$LOG/step"; wait $!',
     "scancel": 'echo "$@" >> "$LOG/scancel"; kill -TERM "$(cat "$LOG/step")"',  # to the steps, not to the batch script
     "trainer": TRAINER,
 }
