@@ -54,7 +54,7 @@ def until(condition: Callable[[], Any]) -> None:
 # A trainer that logs its words, trains until it is told to stop or to fail, and saves.
 TRAINER = """
 me=$LOG/${HOST:-$$}
-trap 'echo saved > "$me.saved"; exit 0' TERM
+trap 'echo saved > "$me.saved"; exit 1' TERM
 printf '%s\\n' "$@" > "$me.words.part"; mv "$me.words.part" "$me.words"
 for i in $(seq 600); do [ -e "$me.fail" ] && exit 7; [ -e "$me.end" ] && exit 0; sleep 0.05; done"""
 # As the real one: it gives all its words to a shell, and what it reads to that shell's command.
@@ -103,7 +103,7 @@ def test_ssh_stops_all_when_it_is_stopped(stage, how):
     process.send_signal(how)
     until(lambda: all((log / f"{host}.saved").exists() for host in ("host-a", "host-b")))
     process.communicate(timeout=60)
-    assert process.returncode == (0 if how != signal.SIGKILL else -signal.SIGKILL)
+    assert process.returncode == (1 if how != signal.SIGKILL else -signal.SIGKILL)
 
 
 def test_ssh_that_reaches_nobody(stage):
@@ -121,7 +121,9 @@ SLURM = {
     "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_CPUS_PER_TASK": "96",
 }  # fmt: skip
 STAND_INS = {
-    "scontrol": 'echo "$@" >> "$LOG/scontrol"; [ "$1" != show ] || printf "node%s\\n" 1 2 3 4',
+    "scontrol": '''echo "$@" >> "$LOG/scontrol"
+        [ "$1 $2" != "show hostnames" ] || printf "node%s\\n" 1 2 3 4
+        [ "$1 $2" != "show job" ] || cat "$LOG/job" 2>/dev/null || echo "   EndTime=Unknown PreemptTime=None"''',
     "srun": 'while [[ $1 == -* ]]; do shift; done; export HOST=step; "$@" & echo $! > "$LOG/step"; wait $!',
     "scancel": 'echo "$@" >> "$LOG/scancel"; kill -TERM "$(cat "$LOG/step")"',  # to the steps, not to the batch script
     "trainer": TRAINER,
@@ -158,18 +160,28 @@ def test_slurm_near_the_time_limit_saves_and_queues_again(stage):
     process.send_signal(signal.SIGUSR1)  # --signal=B:USR1@…: to the batch script alone
     out, _ = process.communicate(timeout=60)
     assert (log / "step.saved").exists() and (log / "scancel").read_text() == "--signal=TERM 4711\n"
-    assert (log / "scontrol").read_text().splitlines()[-1] == "requeue 4711" and "time is up" in out
+    assert (log / "scontrol").read_text().splitlines()[-1] == "requeue 4711" and "goes back into the queue" in out
 
 
-def test_slurm_pre_empted_waits_until_all_is_saved(stage):
-    """Pre-emption sends SIGTERM to the steps and to the batch script, and queues the job again by itself."""
+def test_slurm_pre_empted_queues_again(stage):
+    """Pre-emption sends SIGTERM to the steps alone; a job that ends in its grace time isn't queued again by Slurm."""
+    process, log = batch(stage)
+    (log / "job").write_text("   StartTime=2026-01-01T10:00:00 PreemptTime=2026-01-01T11:00:00 SuspendTime=None")
+    os.kill(int((log / "step").read_text()), signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert (log / "step.saved").exists() and "goes back into the queue" in out
+    assert (log / "scontrol").read_text().splitlines()[-1] == "requeue 4711"
+
+
+def test_slurm_cancelled_waits_until_all_is_saved(stage):
+    """A user's scancel sends SIGTERM to everything; the job is over."""
     process, log = batch(stage)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None
     os.kill(int((log / "step").read_text()), signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert (log / "step.saved").exists() and "waiting for the trainer to save" in out
+    assert (log / "step.saved").exists() and "waiting for the trainers to save" in out
     assert "requeue" not in (log / "scontrol").read_text()
 
 
