@@ -1,4 +1,4 @@
-"""A step that is not finite: stopped at or left out, and its cause found. (Two processes: distributed/test_faults.py.)"""
+"""A step that is not finite: stopped at or left out, its cause found. (Two processes: distributed/test_faults.py.)"""
 
 import dataclasses
 import json
