@@ -78,7 +78,7 @@ def test_wrong_input_ends_with_status_2_and_names_it(words: str, said: str, caps
 def test_processes_that_do_not_divide_the_batch() -> None:
     config = preset("tiny", "x", batch=Batch(sequence_length=16, start=8, end=8, multiple=8, micro=2))
     assert config.layout(4).dp == 4
-    with pytest.raises(ValueError, match=r"batch\.multiple \(8 sequences\) does not divide among 3 data parallel processes"):
+    with pytest.raises(ValueError, match=r"batch\.multiple \(8 sequences\) does not divide among 3 data parallel"):
         config.layout(3)
 
 

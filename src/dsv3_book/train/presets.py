@@ -25,7 +25,7 @@ def _v3(model: str) -> dict[str, Any]:
     cfg = MODELS[model].replace(max_position_embeddings=4096, rope_scaling=None)  # pre-training is at length 4096
     b = Batch()
     steps = round(100_000 * REPORT_TOKENS / tokens_in(100_000, b.sequence_length, b.start, b.end, b.multiple))
-    every, optim = Every(1000, 2, 1000, 4096), Optim(moments="bf16")  # moments: report §3.3
+    every, optim = Every(100, 2, 1000, 4096), Optim(moments="bf16")  # moments: report §3.3
     return {"model": cfg, "steps": steps, "dtype": "bf16", "every": every, "optim": optim, "recompute": True}
 
 
