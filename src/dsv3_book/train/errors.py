@@ -97,7 +97,7 @@ class Ending:
         speaks = first.rank == mine.rank or (mine.rank == 0 and first.screen != mine.screen)
         if self.store is None and mine.kind == "all" and mine.rank > 0:
             speaks = False  # each of the processes finds the same, before they know of each other
-        if speaks:
+        if speaks and first.message:  # a PeerError has nothing to say: the one it speaks of has said it
             print(sentence, file=sys.stderr, flush=True)
         _tell_torchrun(sentence, first.time if first.rank == mine.rank else time.time() + 1)
         return 2 if bad_input else 1
@@ -147,7 +147,7 @@ class Ending:
             return own[0]
         if same := [note for note in notes if note.kind == "all"]:
             return min(same, key=lambda note: note.rank)
-        first = next((note for note in notes if note.message), mine)  # a PeerError has nothing to say
+        first = next((note for note in notes if note.message), mine)
         if first.rank == mine.rank:
             who = blame(before, self.signs.read(), {note.rank for note in notes}, late)
             return replace(mine, message=f"{who}. {_upper(self._sentence(mine))}", kind="blamed") if who else mine

@@ -2,7 +2,9 @@
 
     RUN/run.json         the settings, complete           RUN/metrics.jsonl   one object a step
     RUN/tokenizer.json   the run's tokenizer              RUN/tensorboard/    the same, and MaxVio of every layer
-    RUN/checkpoints/     see `dsv3_book.checkpoint`
+    RUN/checkpoints/     see `dsv3_book.checkpoint`       RUN/load.jsonl      loads of all experts, now and then
+    RUN/logs/            of every rank, and its error     RUN/nonfinite/      see `nonfinite.py`
+    RUN/.lock, .holder   held while a process trains      RUN/report.html     at the end
 
 One process writes, process 0; the others are told what it found.
 """
