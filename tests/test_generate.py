@@ -48,6 +48,18 @@ def test_greedy_tokens_equal_those_without_a_cache(trained: Trainer) -> None:
     assert fast == slow[len(prompt) :]
 
 
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(trained: Trainer) -> None:
+    """A model may have more rows than the tokenizer has tokens, as V3 does."""
+    model = trained.model
+    with torch.no_grad():
+        kept = model.lm_head.weight[400:].clone()
+        model.lm_head.weight[400:] *= 1000  # what is least or most likely by far
+        drawn = list(generate.tokens(model, [0, 300], 20, vocab_size=400))
+        free = list(generate.tokens(model, [0, 300], 20))
+        model.lm_head.weight[400:] = kept
+    assert max(drawn) < 400 <= max(free)
+
+
 def test_the_seed_decides(trained: Trainer) -> None:
     one, again, other = (list(generate.tokens(trained.model, [0, 300], 20, seed=seed)) for seed in (1, 1, 2))
     assert one == again != other

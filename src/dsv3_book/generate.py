@@ -28,8 +28,11 @@ def tokens(
     top_p: float = 1.0,
     seed: int = 0,
     stop: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, one by one, until `stop` (not given out), `max_tokens`, or a full context.
+
+    vocab_size: the tokenizer's. A model may have rows for more (V3 has), which stand for nothing and are never drawn.
 
     The prompt goes through the model once; then every new token is decoded alone, against the cached latents.
 
@@ -46,7 +49,7 @@ def tokens(
     cache = LatentCache(model.cfg, 1, capacity, model.compute_dtype, model.device)
     new = torch.tensor([list(prompt)], device=model.device)
     for _ in range(capacity - len(prompt)):
-        logits = model.decode(new, cache)[:, -1]
+        logits = model.decode(new, cache)[:, -1, :vocab_size]
         new = sample(logits, generator, temperature, top_k, top_p)[:, None]
         if new.item() == stop:
             return
@@ -75,7 +78,8 @@ def generate(
 ) -> Iterator[str]:
     """Pieces of text that continue `prompt`, as they arrive."""
     ids = tokenizer.encode(prompt, bos=True)
-    yield from text(tokenizer, tokens(model, ids, max_tokens, temperature, top_k, top_p, seed, tokenizer.eos_id))
+    settings = temperature, top_k, top_p, seed, tokenizer.eos_id, tokenizer.vocab_size
+    yield from text(tokenizer, tokens(model, ids, max_tokens, *settings))
 
 
 def write(model: Transformer, tokenizer: Tokenizer, prompt: str, **settings: float | int | None) -> None:

@@ -15,6 +15,7 @@ from dsv3_book.parallel import DataParallel
 from dsv3_book.train.config import TrainConfig
 from dsv3_book.train.errors import Ending
 from dsv3_book.train.folder import choose_dtype
+from dsv3_book.train.machine import hostname_warning
 from dsv3_book.train.preflight import preflight
 from dsv3_book.train.presets import from_command_line
 from dsv3_book.train.report import write_report
@@ -42,6 +43,8 @@ def train(argv: Sequence[str] | None, ending: Ending, stack: contextlib.ExitStac
     if config.dry_run:
         plan(config, speak)
         return
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (warning := hostname_warning()):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     parallel = DataParallel.from_environment(config.parallel.timeout)
     ending.joined(parallel)
     config = dataclasses.replace(config, dtype=choose_dtype(config.dtype, parallel.device))
