@@ -33,7 +33,14 @@ def stage(tmp_path) -> Callable[..., tuple[subprocess.Popen, Path]]:
         env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "LOG": str(log)} | environment
         env["PYTHON"] = str(tools / "trainer")
         process = subprocess.Popen(
-            list(map(str, words)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+            list(map(str, words)),
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            # What a shell runs in the background ignores SIGINT, and a script can't undo that for itself.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         processes.append(process)
         return process, log
