@@ -103,9 +103,12 @@ class Ending:
         return 2 if bad_input else 1
 
     def close(self) -> None:
-        """The end of what runs beside the main thread, and of the group of processes."""
+        """The end of what runs beside the main thread, and of the group of processes. The folder is free from now on,
+        unless a save is under way: then when the process ends."""
         if self.signs is not None:
             self.signs.close()
+        if self.trainer is not None and ((saving := self.trainer.saver.thread) is None or not saving.is_alive()):
+            self.trainer.folder.release()
         self.parallel.close()
 
     # This rank's -------------------------------------------------------------------------------------------------
