@@ -25,9 +25,8 @@ from dsv3_book.model.router import Routing
 from dsv3_book.optim.zero import ZeRO1
 from dsv3_book.parallel import DataParallel
 from dsv3_book.parallel.mesh import Mesh
+from dsv3_book.pipeline.evaluate import run_forwards
 from dsv3_book.pipeline.executor import Pipeline
-from dsv3_book.pipeline.schedule import Transfer, forwards
-from dsv3_book.pipeline.transfers import Transfers
 
 
 @dataclass(frozen=True, order=True)
@@ -90,37 +89,24 @@ def find(
 
 
 # Forward once more ---------------------------------------------------------------------------------------------------
-@torch.no_grad()
 def run_forward(
     pipeline: Pipeline, micro_batches: Sequence[Int[Tensor, "B width"]]
 ) -> tuple[list[list[float]], dict[int, Bad]]:
     """Losses of every micro-batch as far as they arise here, and the first bad output here of those that have one."""
     B, width = micro_batches[0].shape
     T = width - 1 - pipeline.cfg.num_nextn_predict_layers
-    plan, rank = forwards(pipeline.schedule, len(micro_batches)), pipeline.rank
-    stages: dict[int, Transformer] = {int(key): stage for key, stage in pipeline.stages.items()}  # type: ignore[misc]
-    device = next(iter(stages.values())).device
-    like = torch.empty(B, T, pipeline.cfg.hidden_size, dtype=pipeline.compute_dtype, device=device)
-    transfers = Transfers(plan, pipeline.group, pipeline.opposite, like, pipeline.timeout)
-    losses = torch.zeros(len(micro_batches), 3, dtype=torch.float64, device=device)
+    losses = torch.zeros(len(micro_batches), 3, dtype=torch.float64, device=micro_batches[0].device)
     outputs: dict[int, Bad] = {}
-    handed: dict[int, Tensor] = {}
-    for action in (part for mine in plan.actions[rank] for part in mine.parts):
-        stage, m = action.stage, action.microbatch
-        x = None
-        if stage > 0:
-            source, _ = plan.where("F", stage - 1, m)
-            x = handed.pop(m) if source == rank else transfers.receive(Transfer("F", stage - 1, m, source, rank))
+
+    def work(stage: int, model: Transformer, m: int, x: Tensor | None) -> Tensor:
         watch = Watched(stage)
-        x, found = stage_forward(stages[stage], x, micro_batches[m], T, watch)
+        y, found = stage_forward(model, x, micro_batches[m], T, watch)
         losses[m] += found
         if watch.bad is not None and (m not in outputs or watch.bad < outputs[m]):
             outputs[m] = watch.bad
-        if going := plan.transfer(action, rank):
-            transfers.send(going, x)
-        elif stage < plan.num_stages - 1:
-            handed[m] = x
-    transfers.finish()
+        return y
+
+    run_forwards(pipeline, len(micro_batches), B, T, work)
     return losses.tolist(), outputs
 
 
