@@ -28,10 +28,10 @@ class Totals:
         notes[:2] = torch.tensor([float(stop), waited / world])
         notes[2 + parallel.rank] = memory
         parts = [torch.stack(losses[:3]).double() / dp, losses.load.double().flatten(), notes.to(losses.load.device)]
-        parts[0], parts[1] = parts[0] / pp, parts[1] / pp  # every rank of a pipeline brings them
         values = parallel.sum(torch.cat(parts))  # fp64 counts exactly
         means, load, notes = values.split([3, losses.load.numel(), 2 + world])
-        self.losses: Float[Tensor, " 3"] = means
-        self.load: Float[Tensor, "routers E"] = load.view_as(losses.load)
+        # Every rank of a pipeline brought these two. Divided after the sum, whole numbers stay whole.
+        self.losses: Float[Tensor, " 3"] = means / pp
+        self.load: Float[Tensor, "routers E"] = (load / pp).view_as(losses.load)
         self.stop, self.waited, *memories = notes.tolist()
         self.memory = max(memories)
