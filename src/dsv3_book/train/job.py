@@ -63,13 +63,13 @@ class Job:
 
     @property
     def model(self) -> Transformer:
-        """The whole model, where this process holds it.
+        """The whole model, where this process holds it in one piece.
 
         Raises:
-            ValueError: it holds only some of the layers or experts; a checkpoint has all of them.
+            ValueError: it is cut into stages, or holds only some of the experts; a checkpoint has all.
         """
-        if self.config.parallel.ep > 1 or len(self.pipeline.stages) != self.pipeline.schedule.num_stages != 1:
-            raise ValueError("this process holds only a part of the model: load it from a checkpoint (generate.load)")
+        if self.config.parallel.ep > 1 or self.pipeline.schedule.num_stages > 1:
+            raise ValueError("this process doesn't hold the model in one piece: load a checkpoint (generate.load)")
         return next(iter(self.pipeline.stages.values()))  # type: ignore[return-value]
 
     def numbers(self) -> int:
