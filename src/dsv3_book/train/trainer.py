@@ -205,8 +205,12 @@ class Trainer:
             label = ", ".join(f"{group} {layout.index(group, rank)}" for group in ("pp", "dp", "ep"))
             actions = self.pipeline.schedule.actions[self.pipeline.rank]
             path = self.config.out / "profile" / f"step-{self.step}.json"
-            write_profile(path, label, actions, watch, messages)
-            self.folder.say(f"step {self.step} as a trace: {path} (open it at ui.perfetto.dev)")
+            said = f"step {self.step} as a trace: {path} (open it at ui.perfetto.dev)"
+            try:
+                write_profile(path, label, actions, watch, messages)
+            except OSError as error:  # rank 0's only, when all have told it: a trace is not worth a run
+                said = f"warning: no trace of step {self.step}: {error}"
+            self.folder.say(said)
         messages.clear()
 
     def take(self, now: Settings, mine: list[Tensor], totals: Totals, norm: Tensor) -> bool:
