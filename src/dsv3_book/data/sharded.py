@@ -8,7 +8,6 @@
 and i alone, whatever the number of files, and a window may cross from one file into the next.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from dsv3_book.data.cache import key_of
 from dsv3_book.data.corpus import Corpus
 from dsv3_book.data.packing import CorruptShard, PackedTokens
 from dsv3_book.data.tokenizer import Tokenizer
+from dsv3_book.disk import sha256
 
 INDEX, FORMAT, PREFIX = "shards.json", 1, "shards:"
 
@@ -176,8 +176,3 @@ def verify(folder: Path) -> int:
             raise CorruptShard(f"{path} isn't what was written (another SHA-256): copy it again")
         size += path.stat().st_size
     return size
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

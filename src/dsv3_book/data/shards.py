@@ -30,8 +30,9 @@ from dsv3_book.data.corpus import Document
 from dsv3_book.data.packing import PackedTokens
 from dsv3_book.data.progress import progress_bar
 from dsv3_book.data.readers import Skip, expand, read_hub, read_source
-from dsv3_book.data.sharded import FORMAT, INDEX, read_index, sha256, verify
+from dsv3_book.data.sharded import FORMAT, INDEX, read_index, verify
 from dsv3_book.data.tokenizer import Tokenizer
+from dsv3_book.disk import sha256, write_text
 
 CHUNK = 64  # documents encoded at a time
 XZ_LIMIT = 64 << 20  # bytes of held-out text that xz is tried on: its dictionary; more would take many minutes
@@ -201,7 +202,7 @@ def _shard(out: Path, number: int, reads: Iterator[Read], limit: int, vocab_size
     if not count["read"]:
         _work(tokens).unlink()
         return None
-    _write(_work(text), "".join(json.dumps({"text": one}) + "\n" for one in held))
+    write_text(_work(text), "".join(json.dumps({"text": one}) + "\n" for one in held))
     for path in (tokens, text):
         os.replace(_work(path), path)
     return {
@@ -264,15 +265,8 @@ def _work(path: Path) -> Path:
 
 
 def _save(out: Path, index: dict[str, Any]) -> None:
-    _write(_work(out / INDEX), json.dumps(index, indent=1))
+    write_text(_work(out / INDEX), json.dumps(index, indent=1))
     os.replace(_work(out / INDEX), out / INDEX)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _mark(text: str | Skip) -> str:
