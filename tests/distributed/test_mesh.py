@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from pipelinekit import config
 
+from dsv3_book.optim.kinds import key_of, make_groups
 from dsv3_book.parallel.mesh import GROUPS, make_mesh
+from dsv3_book.pipeline.executor import Pipeline
+from dsv3_book.pipeline.schedule import make_schedule
 
 pytestmark = pytest.mark.distributed
 
@@ -20,11 +24,19 @@ def look(pp: int, dp: int | None, ep: int, per_node: int | None) -> dict:
         assert dist.get_rank(group) == mesh.index(name)
         assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 60  # as the pool's
         found[name] = f"{int(total):04}"
-    for expert in (True, False):
-        total = torch.tensor([10 ** dist.get_rank()])
-        dist.all_reduce(total, group=mesh.holders(expert, mirrored=True))
-        assert mesh.holders(expert, mirrored=True) is mesh.holders(expert, mirrored=True)
-        found["mirrored expert" if expert else "mirrored"] = f"{int(total):04}"
+    if pp > 1:
+        pipeline = Pipeline(config(), make_schedule("dualpipe", pp, 2 * pp), mesh.pp)
+        make_groups(pipeline, mesh)
+        for expert in (True, False):
+            group = mesh.groups[key_of((0, 1), expert)]
+            assert dist.get_process_group_ranks(group) == mesh.layout.holders(mesh.rank, expert, mirrored=True)
+            total = torch.tensor([10 ** dist.get_rank()])
+            dist.all_reduce(total, group=group)
+            found["mirrored expert" if expert else "mirrored"] = f"{int(total):04}"
+        before = dict(mesh.groups)
+        make_groups(pipeline, mesh)
+        assert mesh.groups == before  # once is enough
+    mesh.close()
     return found
 
 

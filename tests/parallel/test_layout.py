@@ -73,7 +73,7 @@ def test_numbers_that_dont_fit_are_named(numbers, says):
 
 def test_one_process_alone_needs_no_groups():
     mesh = make_mesh()
-    assert mesh.ep is None and mesh.holders(expert=True, mirrored=True) is None
+    assert mesh.ep is None and mesh.edp is None
     assert (mesh.rank, mesh.node, mesh.index("ep"), mesh.size("dp")) == (0, 0, 0, 1)
     with pytest.raises(ValueError, match=r"pp · dp = 2 · 1 = 2, but there are 1 processes"):
         make_mesh(pp=2, dp=1)

@@ -30,7 +30,7 @@ def kinds_of(pipeline: Pipeline, mesh: Mesh) -> list[Kind]:
     found: dict[tuple[tuple[int, ...], bool], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, p in sorted(pipeline.parameters_by_name().items()):
         found[tuple(pipeline.holders(name)), id(p) in experts].append((name, p))
-    return [Kind(named, mesh.groups[_key(*kind)]) for kind, named in sorted(found.items())]  # everywhere in one order
+    return [Kind(named, mesh.groups[key_of(*kind)]) for kind, named in sorted(found.items())]  # everywhere in one order
 
 
 def make_groups(pipeline: Pipeline, mesh: Mesh) -> None:
@@ -41,7 +41,7 @@ def make_groups(pipeline: Pipeline, mesh: Mesh) -> None:
     together = {tuple(pipeline.holders(name)) for name in ("embed_tokens", "norm", *layers)}
     for stages in sorted(stages for stages in together if len(stages) > 1):
         for expert in (False, True):
-            key, plain, dp = _key(stages, expert), "edp" if expert else "dp", mesh.layout.dp
+            key, plain, dp = key_of(stages, expert), "edp" if expert else "dp", mesh.layout.dp
             if key in mesh.groups:
                 continue
             mesh.groups[key] = None
@@ -54,7 +54,7 @@ def make_groups(pipeline: Pipeline, mesh: Mesh) -> None:
                     mesh.groups[key] = group
 
 
-def _key(stages: tuple[int, ...], expert: bool) -> str:
+def key_of(stages: tuple[int, ...], expert: bool) -> str:
     """The name in `Mesh.groups` of the ranks at these places in the pipeline that are otherwise like this one."""
     plain = "edp" if expert else "dp"
     return plain if len(stages) == 1 else f"{plain} of pipeline ranks {stages}"

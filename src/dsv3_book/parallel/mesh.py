@@ -124,18 +124,6 @@ class Mesh:
             dist.destroy_process_group(group)
         self.groups.clear()
 
-    def holders(self, expert: bool, mirrored: bool = False) -> dist.ProcessGroup | None:
-        """A group of the ranks that hold the same parameters (see `Layout.holders`). All of them must ask for it, in
-        one order."""
-        ranks = self.layout.holders(self.rank, expert, mirrored)
-        plain = "edp" if expert else "dp"
-        if self.groups[plain] is None or ranks == self.layout.ranks(plain, self.rank):
-            return self.groups[plain]
-        key = ("mirrored " if mirrored else "") + plain
-        if key not in self.groups:
-            self.groups[key] = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
-        return self.groups[key]
-
 
 def make_mesh(
     pp: int = 1, dp: int | None = None, ep: int = 1, ranks_per_node: int | None = None, timeout: float | None = None
