@@ -1,6 +1,9 @@
 """The weights' average: its definition, beside the training and not in its way, and in the weights' place."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +66,27 @@ def test_an_update_is_of_the_weights_as_they_were_and_waits_for_nothing(monkeypa
         model["w"] += 100
     go.set()
     assert torch.equal(ema.tensors()["w"], torch.lerp(start, start + 1, 0.5))
+
+
+ALONE = """
+import os, torch
+from dsv3_book.optim import EMA
+torch.set_num_threads(2)
+weights = {"w": torch.randn(1000, 1001), "v": torch.randn(70_000)[::2].view(-1)}
+weights["w"] @ weights["w"].T  # the main thread has its team
+before = len(os.listdir("/proc/self/task"))
+ema = EMA(weights, 0.5)
+ema.update()
+ema.wait()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux' /proc")
+def test_its_thread_works_alone() -> None:
+    """A team of OpenMP threads beside the main thread's would halve the speed of every step from then on."""
+    alone = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    assert alone.stdout == "1\n", alone.stderr
 
 
 def test_what_fails_in_the_thread_is_raised_here(monkeypatch: pytest.MonkeyPatch) -> None:

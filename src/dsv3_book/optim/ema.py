@@ -14,7 +14,7 @@ the caller waits for (8 bytes of memory traffic a weight, where AdamW itself mov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 
 DECAY = 0.999
+PIECE = 2**14  # numbers; torch works on so few with one thread. With more, the average's thread would begin a team of
+# OpenMP threads of its own, and with two teams on its cores OpenMP no longer lets idle threads spin for the next piece
+# of work but puts them to sleep: every operation of the step, with its own team, then waits for them to wake.
 
 
 class EMA:
@@ -53,10 +56,11 @@ class EMA:
         self.decay = decay
         self.weights = dict(weights)
         self.streams = {w.device: torch.cuda.Stream(w.device) for w in weights.values() if w.is_cuda}
-        self.average = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
+        self.average = {name: torch.empty(w.shape, dtype=w.dtype).copy_(w.detach()) for name, w in weights.items()}
         self.kept = {
             name: torch.empty(w.shape, dtype=w.dtype, pin_memory=bool(self.streams)) for name, w in weights.items()
         }
+        self.pieces = [list(_pieces(tensors.values())) for tensors in (self.average, self.kept)]
         self.events: list[Any] = []  # CUDA: the snapshot has been read
         self.worker = ThreadPoolExecutor(1, "ema")
         self.running: Future[None] | None = None
@@ -129,7 +133,14 @@ class EMA:
     def _follow(self, events: list[Any]) -> None:
         for event in events:
             event.synchronize()
-        if not self.average:  # this rank has no part of any weight
+        average, kept = self.pieces
+        if not average:  # this rank has no part of any weight
             return
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(self.kept.values()), 1 - self.decay)
+            torch._foreach_lerp_(average, kept, 1 - self.decay)
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Views of at most PIECE numbers each, which together are these tensors."""
+    for tensor in tensors:
+        yield from tensor.view(-1).split(PIECE)
