@@ -79,17 +79,32 @@ class Shards:
 
     @torch.no_grad()
     def reduce(self, forget: bool) -> list[list[Tensor]]:
-        """Sums the gradients over every kind's group; this rank's part by kind and bucket, and as its pieces' `.grad`.
+        """Sums the gradients over every kind's group; this rank's part by kind, and as its pieces' `.grad`.
 
         forget: drops the parameters' own `.grad` as they are sent.
         """
         self.require_unmoved()
-        sums = [kind.reduce(forget) for kind in self.kinds]
-        for buckets, totals in zip(self.by_bucket, sums, strict=True):
-            for shards, total in zip(buckets, totals, strict=True):
+        sums: list[list[Tensor]] = []
+        for kind, buckets in zip(self.kinds, self.by_bucket, strict=True):
+            if forget and kind.group is None:
+                sums.append(self._take_gradients(kind, buckets))
+                continue
+            sums.append(kind.reduce(forget))
+            for shards, total in zip(buckets, sums[-1], strict=True):
                 for s in shards:
                     s.weight.grad = total[s.at : s.at + s.weight.numel()]
         return sums
+
+    def _take_gradients(self, kind: Buckets, buckets: list[list[Shard]]) -> list[Tensor]:
+        """What `reduce` does for a process alone: the gradients are the sums, and nothing is copied."""
+        kind.require_gradients()
+        shards = [s for bucket in buckets for s in bucket]
+        for s in shards:
+            own = s.parameter.grad
+            s.weight.grad = torch.zeros_like(s.weight) if own is None else own.reshape(-1)[s.begin : s.end].float()
+        for p in kind.parameters:
+            p.grad = None
+        return [s.weight.grad for s in shards if s.weight.grad is not None]
 
     @torch.no_grad()
     def gather_weights(self) -> None:

@@ -152,8 +152,7 @@ class Buckets:
         A parameter without a gradient counts as zero.  forget: drops each `.grad` once it is on its way, so that beside
         the gradients no more is needed than the shards and the buckets in flight.
         """
-        if all(p.grad is None for p in self.parameters):
-            raise ValueError(f"no gradient at all for {self.names[0]} …: run the backward pass first")
+        self.require_gradients()
         under_way: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()  # the row must live until it has been sent
         sums: list[Tensor] = []
         for begin, end in self.layout.buckets:
@@ -170,6 +169,11 @@ class Buckets:
                     sums.append(under_way.popleft()[1]())
         with self.named("the sum of gradients"):
             return sums + [finish() for _, finish in under_way]
+
+    def require_gradients(self) -> None:
+        """Raises ValueError if no parameter has one."""
+        if all(p.grad is None for p in self.parameters):
+            raise ValueError(f"no gradient at all for {self.names[0]} …: run the backward pass first")
 
     @torch.no_grad()
     def gather(self, shards: Iterable[Float[Tensor, " _"]], into: Sequence[Tensor]) -> None:
