@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from dsv3_book.model import Transformer
 from dsv3_book.model.balance import update_bias
@@ -31,6 +34,13 @@ def settings(name: str, folder: Path) -> TrainConfig:
     every = Every(checkpoint=10**6, validation=10**6)
     parallel, text = Parallel(**layout), Text(style="code", max_bytes=2_000_000)
     return preset("laptop", folder / name, steps=10**5, dtype="fp32", every=every, parallel=parallel, text=text)
+
+
+def alone() -> None:
+    """Makes this worker what `python -m dsv3_book.train` without torchrun is: a process that knows of no others."""
+    dist.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
 
 
 def begin(name: str, folder: Path) -> None:

@@ -24,15 +24,17 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from _measure import record
-from _trainer_sides import SIDES, advance, begin, saving, settings
+from _trainer_sides import SIDES, advance, alone, begin, saving, settings
 
 from dsv3_book.parallel.workers import Pool
 
@@ -40,19 +42,30 @@ from dsv3_book.parallel.workers import Pool
 def measure(rounds: int, folder: Path) -> tuple[dict[str, list[float]], list[dict[str, float]]]:
     """Seconds per step of every side in every round (the slower rank's), and what saves cost."""
     pools = {1: Pool(1, timeout=3600, threads=2), 2: Pool(2, timeout=3600, threads=1)}
+
+    def on(name: str, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """What a side's processes answer. The others are halted: idle, but in groups, they take a tenth of a core."""
+        size = SIDES[name][0]
+        for other, pool in pools.items():
+            for process in pool.processes:
+                os.kill(process.pid, signal.SIGCONT if other == size else signal.SIGSTOP)
+        return pools[size].run(work, *args)
+
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     draw = random.Random(0)
     try:
-        for name, (size, _) in SIDES.items():
-            pools[size].run(begin, name, folder)
-            pools[size].run(advance, name)  # the first steps warm up
+        on("bare", alone)
+        for name in SIDES:
+            on(name, begin, name, folder)
+            on(name, advance, name)  # the first steps warm up
         for _ in range(rounds):
             for name in draw.sample(list(SIDES), len(SIDES)):
-                ranks = pools[SIDES[name][0]].run(advance, name)
-                seconds[name].append(max(statistics.median(times) for times in ranks))
-        return seconds, pools[1].run(saving, "trainer", rounds)[0]
+                seconds[name].append(max(statistics.median(times) for times in on(name, advance, name)))
+        return seconds, on("trainer", saving, "trainer", rounds)[0]
     finally:
         for pool in pools.values():
+            for process in pool.processes:
+                os.kill(process.pid, signal.SIGCONT)
             pool.stop()
 
 
