@@ -1,16 +1,21 @@
 """The loop: what a step does, and what survives a stop."""
 
 import dataclasses
+import functools
 import math
 import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
 from trainkit import lines, small, tensors_of
 
 from dsv3_book import checkpoint
+from dsv3_book.optim.zero import ZeRO1
 from dsv3_book.train.config import Balance, Batch, Every, Optim, Text
+from dsv3_book.train.errors import Ending
 from dsv3_book.train.trainer import NonFinite, Trainer
 
 
@@ -69,6 +74,40 @@ def test_a_cut_run_equals_an_uncut_one_bit_for_bit(tmp_path, corpus) -> None:
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_a_parameter_in_several_pieces_is_cut_as_well(tmp_path, corpus, monkeypatch) -> None:
+    """As those of large models, which lie in more than one bucket: each piece goes on counting its steps."""
+    monkeypatch.setattr("dsv3_book.train.job.ZeRO1", functools.partial(ZeRO1, bucket=3000))
+    whole = run(small(tmp_path / "whole", corpus, steps=6))
+    cut = small(tmp_path / "cut", corpus, steps=6)
+    run(dataclasses.replace(cut, pause_at=3))
+    second = run(cut)
+    parts = second.optimizer.parts()
+    assert len(parts) > len({part.name for part in parts})
+    assert {second.optimizer.optimizer.state_of(part.weight)["step"].item() for part in parts} == {6}
+    a, b = tensors_of(whole), tensors_of(second)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_an_end_leaves_a_save_under_way_its_moment(tmp_path, corpus, monkeypatch) -> None:
+    trainer = Trainer(small(tmp_path, corpus), quiet=True)
+    begun = threading.Event()
+
+    def slow(*args, **options):
+        begun.set()
+        time.sleep(0.5)
+        return checkpoint.save(*args, **options)
+
+    monkeypatch.setattr("dsv3_book.saver.save", slow)
+    ending = Ending()
+    ending.begun(trainer)
+    trainer.save()
+    begun.wait()
+    ending.close()
+    assert checkpoint.latest(trainer.folder.checkpoints) is not None
+    Trainer(trainer.config, quiet=True).close()  # the folder is free
 
 
 def test_the_optimizer_and_the_biases_are_part_of_it(tmp_path, corpus) -> None:
@@ -181,7 +220,15 @@ def test_fewer_steps_than_done_are_refused_and_other_settings_said(tmp_path, cor
     trainer = Trainer(dataclasses.replace(config, steps=5, optim=dataclasses.replace(config.optim, lr=1e-3)))
     said = capsys.readouterr().err
     assert "optim.lr: 0.003 → 0.001" in said and "steps: 4 → 5" in said
+    trainer.folder.release()
     assert trainer.run() is True and trainer.step == 5
+
+
+def test_an_average_cannot_begin_in_the_middle(tmp_path, corpus) -> None:
+    config = small(tmp_path, corpus, optim=Optim(lr=3e-3, warmup_steps=2, ema=0.0))
+    run(config)
+    with pytest.raises(ValueError, match=r"without an average of the weights: go on with --optim\.ema 0, or"):
+        Trainer(dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema=0.9)))
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, corpus) -> None:

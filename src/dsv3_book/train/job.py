@@ -101,24 +101,34 @@ class Job:
         two are flattened, for a rank's shard of them may be any stretches of a parameter's numbers."""
         values: dict[str, Value] = {f"model.{name}": value for name, value in self.weights().items()}
         flat: dict[str, list[Slab]] = defaultdict(list)
+        held = self._held()
         average = self.ema.tensors() if self.ema is not None else {}
         for part in self.optimizer.parts():
             for key, value in self.optimizer.optimizer.state_of(part.weight).items():
                 if value.dim():
-                    flat[f"optimizer.{part.name}.{key}"].append(self._flat(part, value))
+                    flat[f"optimizer.{part.name}.{key}"].append(self._flat(part, value, held))
                 else:
-                    values[f"optimizer.{part.name}.{key}"] = value  # the same on all that hold a part
+                    values.setdefault(f"optimizer.{part.name}.{key}", value)  # the same for all parts: see `filled`
             if self.ema is not None:
-                flat[f"ema.{part.name}"].append(self._flat(part, average[part.key]))
+                flat[f"ema.{part.name}"].append(self._flat(part, average[part.key], held))
         return values | flat
 
-    def _flat(self, part: Shard, value: Tensor) -> Slab:
-        """A stretch of a parameter's numbers, as a piece of the flattened whole."""
+    def filled(self) -> None:
+        """To be called when `tensors` were filled from a checkpoint: single numbers, of which they have one for each
+        parameter, go to all of its parts; and master weights follow the weights."""
+        ones: dict[str, Tensor] = {}
+        for part in self.optimizer.parts():
+            for key, value in self.optimizer.optimizer.state_of(part.weight).items():
+                if not value.dim():
+                    value.copy_(ones.setdefault(f"{part.name}.{key}", value))
+        self.optimizer.take_weights()
+
+    def _flat(self, part: Shard, value: Tensor, held: Mapping[str, range]) -> Slab:
+        """A stretch of a parameter's numbers, as a piece of the flattened whole.  held: see `_held`."""
         size, begin = part.parameter.numel(), part.begin
-        held = self._held().get(part.name)
-        if held is not None:
-            each = size // len(held)
-            size, begin = each * self.config.model.n_routed_experts, begin + each * held.start
+        if (mine := held.get(part.name)) is not None:
+            each = size // len(mine)
+            size, begin = each * self.config.model.n_routed_experts, begin + each * mine.start
         return Slab(value.view(-1), (size,), (begin,))
 
     def _held(self) -> dict[str, range]:

@@ -135,12 +135,15 @@ class Trainer:
         M = micro_batches // self.dp
 
         watch = Watch() if self.step + 1 == self.config.profile else None
+        if self.job.transport is not None:
+            self.job.transport.events.clear()  # validation has all-to-alls too
         self.pipeline.follow(self.job.schedule(M))
         mine = [self.micro_batch(self.place * M + number) for number in range(M)]
         losses = self.pipeline.step(mine, now.mtp_weight, of=micro_batches, watch=watch, sum_copies=False)
         self.optimizer.reduce()
         norm = self.optimizer.clip(self.config.optim.clip)
-        notes = stop_asked(), self.pipeline.waited, peak_memory(self.parallel.device)
+        waited = self.pipeline.waited
+        notes = stop_asked(), waited, peak_memory(self.parallel.device)
         totals = Totals(losses, self.config.parallel.pp, *notes, self.parallel)
         taken = self.take(now, mine, totals, norm)
 
@@ -149,8 +152,9 @@ class Trainer:
         seconds = time.perf_counter() - began
         line = self.line(now, totals, norm, seconds)
         self.metrics.step(line if taken else finite_line(line), totals.load)
-        self.log.info("step %d: %.3f s, %.3f of them waiting", self.step, seconds, self.pipeline.waited)
-        self.write_profile(watch)
+        self.log.info("step %d: %.3f s, %.3f of them waiting", self.step, seconds, waited)
+        if taken:  # else what found the culprit is among the messages
+            self.write_profile(watch)
         return totals.stop > 0
 
     def micro_batch(self, number: int) -> Int[Tensor, "B width"]:
@@ -190,9 +194,10 @@ class Trainer:
             "mtp_weight": now.mtp_weight,
             "batch_size": now.sequences,
             "tokens_per_second": speed,
-            "bubble": totals.waited / seconds,
             "memory": totals.memory,
         }
+        if self.parallel.device.type == "cpu":  # with NCCL it is the GPU that waits, unseen from here
+            line["bubble"] = totals.waited / seconds
         if self.peak:
             line["mfu"] = speed * self.flops / (self.peak * self.parallel.size)
         return line
@@ -211,7 +216,6 @@ class Trainer:
             except OSError as error:  # rank 0's only, when all have told it: a trace is not worth a run
                 said = f"warning: no trace of step {self.step}: {error}"
             self.folder.say(said)
-        messages.clear()
 
     def take(self, now: Settings, mine: list[Tensor], totals: Totals, norm: Tensor) -> bool:
         """Updates the weights, unless something of the step is not finite: then they stay as they are.
@@ -270,11 +274,11 @@ class Trainer:
     def save(self) -> None:
         """Begins to write a checkpoint of this moment; training goes on meanwhile.
 
-        One that can't be written is told of, and the next is tried: what was saved before stays good.
+        A save that fails is a warning only, and the next one is tried as usual: what was saved before stays good.
         """
         counts = {"sequences": self.sequences, "tokens": self.tokens, "skipped": self.skipped}
         state = self.folder.state(self.data, swaps=self.swaps.fingerprints(), **counts)
-        # Nothing in training draws random numbers; the generator is saved so that what a reader adds may.
+        # Training draws no random numbers; the generator is saved for parts that a reader plugs in.
         rng = {f"rng.{self.parallel.rank}": torch.get_rng_state()}
         try:
             self.saver.wait()
@@ -298,5 +302,5 @@ class Trainer:
         checkpoint.load(path, tensors, self.parallel)
         if rng in tensors:
             torch.set_rng_state(tensors[rng])
-        self.optimizer.take_weights()
+        self.job.filled()
         self.step, self.sequences, self.skipped = state["step"], state["sequences"], state.get("skipped", 0)
