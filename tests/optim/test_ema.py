@@ -127,6 +127,21 @@ def test_swapped_in_and_out_again() -> None:
     ema.update()
 
 
+def test_an_error_inside_is_not_followed_by_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks may never send theirs: what went wrong must come out, not wait for them."""
+    model, calls = net(), []
+    ema = EMA(dict(model.items()), 0.5)
+    before = model["w"].detach().clone()
+    steps(model, 1)
+    after = model["w"].detach().clone()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(MemoryError), ema.swapped(lambda: calls.append(model["w"].detach().clone())):
+        raise MemoryError
+    assert len(calls) == 1 and torch.equal(calls[0], before) and torch.equal(model["w"], after)
+    with ema.swapped():
+        pass
+
+
 def test_saved_and_gone_on_with() -> None:
     model = net()
     one = EMA(dict(model.items()), 0.9)

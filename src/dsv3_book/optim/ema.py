@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 DECAY = 0.999
@@ -104,6 +105,8 @@ class EMA:
         """Inside, the weights *are* their average; afterwards they are what they were, bit for bit.
 
         gather: called after both exchanges, where what computes is made from these weights (ZeRO's `gather_weights`).
+            All ranks of a weight's group must call it alike; so after an error inside it is called only by a process
+            that is alone: the others may never come.
         """
         if self.is_swapped:
             raise RuntimeError("the weights are swapped with their average already")
@@ -113,10 +116,17 @@ class EMA:
         try:
             gather()
             yield
-        finally:
-            self._exchange(None, self.kept)
-            self.is_swapped = False
-            gather()
+        except BaseException:
+            self._swap_back()
+            if not dist.is_initialized():
+                gather()
+            raise
+        self._swap_back()
+        gather()
+
+    def _swap_back(self) -> None:
+        self._exchange(None, self.kept)
+        self.is_swapped = False
 
     def close(self) -> None:
         """Finishes the last update and ends the thread."""
