@@ -56,7 +56,8 @@ class Saver:
         self.thread: Thread | None = None
         self.failed: SaveError | None = None
         self.last: Path | None = None
-        atexit.register(self._at_exit)
+        self.abandoned = False
+        atexit.register(self.linger)
 
     def start(self, step: int, tensors: Mapping[str, Value], state: Mapping[str, Any]) -> None:
         """Takes a snapshot and returns; it is written as `checkpoint.save` would. Finishes the save before it first.
@@ -114,20 +115,20 @@ class Saver:
 
     def abandon(self) -> None:
         """Another rank is gone: the end of the process need not wait for a save, which can't succeed any more."""
-        atexit.unregister(self._at_exit)
+        self.abandoned = True
 
     def close(self) -> None:
         """Finishes what is under way (a failure that nobody waited for is dropped), and leaves the group."""
-        atexit.unregister(self._at_exit)
+        atexit.unregister(self.linger)
         if self.thread is not None:
             self.thread.join()
         self.thread, self.kept = None, {}
         if self.parallel.group is not None and dist.is_initialized():
             dist.destroy_process_group(self.parallel.group)
 
-    def _at_exit(self) -> None:
+    def linger(self) -> None:
         """The process ends: a save under way gets a moment, and no more; then it is cut off, as a kill would."""
-        if self.thread is not None:
+        if self.thread is not None and not self.abandoned:
             self.thread.join(GRACE)
 
     @torch.no_grad()

@@ -107,8 +107,10 @@ class Ending:
         unless a save is under way: then when the process ends."""
         if self.signs is not None:
             self.signs.close()
-        if self.trainer is not None and ((saving := self.trainer.saver.thread) is None or not saving.is_alive()):
-            self.trainer.folder.release()
+        if self.trainer is not None:
+            self.trainer.saver.linger()  # before its group of processes is gone
+            if (saving := self.trainer.saver.thread) is None or not saving.is_alive():
+                self.trainer.folder.release()
         self.parallel.close()
 
     # This rank's -------------------------------------------------------------------------------------------------
