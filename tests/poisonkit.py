@@ -11,11 +11,7 @@ from dsv3_book.model import Transformer
 from dsv3_book.train.config import Batch, Every, Optim, TrainConfig
 from dsv3_book.train.trainer import Trainer
 
-LAYER, GUILTY, PLACE = (
-    1,
-    2,
-    "layers.1.self_attn",
-)  # of the activation and its gradient; the micro-batch of the first step
+GUILTY, PLACE = 2, "layers.1.self_attn"  # the micro-batch of the first step; of the activation and its gradient
 
 
 def poisonable(make: Callable[..., TrainConfig], *where: Any, **changes: Any) -> TrainConfig:
@@ -50,16 +46,21 @@ def activation(trainer: Trainer, value: float = math.inf) -> int:
     return GUILTY
 
 
-def gradient(trainer: Trainer) -> int:
-    """The gradient of that output instead: all forwards are fine."""
+def gradient(trainer: Trainer, place: str = PLACE) -> int:
+    """The gradient of that output instead, or of another module's: all forwards are fine."""
 
     def spoil(output: Tensor) -> Tensor:
         if output.requires_grad:
             output.register_hook(lambda g: g * math.nan)
         return output
 
-    _on_guilty(trainer, spoil)
+    _on_guilty(trainer, spoil, place)
     return GUILTY
+
+
+def late_gradient(trainer: Trainer) -> int:
+    """The gradient of the last norm's output, which then goes back through all routed experts."""
+    return gradient(trainer, "norm")
 
 
 def parameter_gradient(trainer: Trainer, name: str) -> None:
@@ -69,12 +70,12 @@ def parameter_gradient(trainer: Trainer, name: str) -> None:
         p.register_hook(lambda g: torch.full_like(g, math.inf))
 
 
-def _on_guilty(trainer: Trainer, spoil: Callable[[Tensor], Tensor]) -> None:
-    """Lets an attention's output for the guilty micro-batch be spoiled, wherever and however often it is computed: it
+def _on_guilty(trainer: Trainer, spoil: Callable[[Tensor], Tensor], place: str = PLACE) -> None:
+    """Lets a module's output for the guilty micro-batch be spoiled, wherever and however often it is computed: it
     is known by its input, which the whole model with the same seed has too."""
     came: list[Tensor] = []
     model = Transformer(trainer.config.model, trainer.config.seed)
-    model.get_submodule(PLACE).register_forward_hook(lambda module, inputs, output: came.append(inputs[0].detach()))
+    model.get_submodule(place).register_forward_hook(lambda module, inputs, output: came.append(inputs[0].detach()))
     with torch.no_grad():
         model.losses(trainer.micro_batch(GUILTY))
 
@@ -83,5 +84,5 @@ def _on_guilty(trainer: Trainer, spoil: Callable[[Tensor], Tensor]) -> None:
         return spoil(output) if same else output
 
     for stage in trainer.pipeline.stages.values():
-        if str(LAYER) in stage.layers:
-            stage.get_submodule(PLACE).register_forward_hook(hook)
+        if place in dict(stage.named_modules()):
+            stage.get_submodule(place).register_forward_hook(hook)

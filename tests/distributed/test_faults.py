@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from poisonkit import GUILTY, PLACE, activation, gradient, poisonable, weight
+from poisonkit import GUILTY, PLACE, activation, gradient, late_gradient, poisonable, weight
 from safetensors.torch import load_file
 from trainkit import lines, small, tensors_of
 
@@ -25,7 +25,7 @@ from dsv3_book.train.metrics import Unwritable
 from dsv3_book.train.nonfinite import NonFinite
 from dsv3_book.train.trainer import Trainer
 
-POISONS = {"weight": weight, "activation": activation, "gradient": gradient}
+POISONS = {"weight": weight, "activation": activation, "gradient": gradient, "late": late_gradient}
 LAYOUTS = {"dualpipe": Parallel(pp=2), "ep": Parallel(ep=2)}
 
 
@@ -68,6 +68,17 @@ def test_the_cause_is_found_across_ranks(pool, tmp_path, corpus, layout: str, po
     layers = [entry["layer"] for entry in report["gradients"]]
     assert layers[0] == ("layers.1" if poison == "gradient" else "layers.2") and layers[-1] == "embed_tokens"
     assert load_file(tmp_path / "nonfinite" / "step-1" / "tokens.safetensors")["tokens"].shape == (4, 1, 18)
+
+
+@pytest.mark.distributed
+def test_whose_tokens_spoiled_the_experts_is_found(pool, tmp_path, corpus) -> None:
+    """A bad gradient that goes back through experts spoils theirs, wherever they are: that accuses nobody."""
+    config = poisonable(small, tmp_path, corpus, parallel=LAYOUTS["ep"])
+    for said, same in pool(2).run(poisoned, config, "late"):
+        assert same and "those of norm (" in said and f", in micro-batch {GUILTY} (" in said
+    report = json.loads((tmp_path / "nonfinite" / "step-1" / "report.json").read_text())
+    assert [entry["guilty"] for entry in report["micro_batches"]] == [m == GUILTY for m in range(4)]
+    assert any(".experts." in name for entry in report["gradients"] for name in entry["not_finite"])
 
 
 def left_out(config: TrainConfig) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from poisonkit import GUILTY, PLACE, activation, gradient, parameter_gradient, poisonable, weight
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from trainkit import lines, small, tensors_of
 
@@ -117,5 +118,18 @@ def test_the_disk_is_full_too(tmp_path, corpus) -> None:
     activation(trainer)
     (tmp_path / "nonfinite").write_text("in the way")
     with pytest.raises(NonFinite, match=r"that of layers\.1\.self_attn, in micro-batch 2 .*No report: cannot write"):
+        trainer.run()
+    trainer.close()
+
+
+def test_the_disk_is_full_when_the_tokens_are_written(tmp_path, corpus, monkeypatch) -> None:
+    trainer = Trainer(poisonable(small, tmp_path, corpus), quiet=True)
+    activation(trainer)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("dsv3_book.train.nonfinite.save_file", full)
+    with pytest.raises(NonFinite, match=r"No report: cannot write to .*No space left"):
         trainer.run()
     trainer.close()

@@ -162,8 +162,8 @@ class Watched:
             for hook in hooks:
                 hook.remove()
         if not finite(result):
-            # None of its modules here? Then it came from experts on another rank. And what the experts here make of
-            # others' tokens is no matter of this micro-batch.
+            # None of its modules here? Then it came from experts on another rank. (Other ranks' tokens, of which the
+            # experts here may make something bad, belong to other micro-batches.)
             elsewhere = f"{name}.mlp.experts" if isinstance(module, Block) and isinstance(module.mlp, MoE) else name
             self.bad = Bad(self.stage, self.order, seen[0] if seen else elsewhere)
         return result
@@ -210,13 +210,15 @@ def search(
     """
     M, world = len(micro_batches), parallel.size
     candidates = list(range(M))
+    # An expert's gradient is of all pipelines' tokens that came to it: it accuses none of them.
+    own = [p for name, p in pipeline.named_parameters() if mesh.layout.ep == 1 or ".mlp.experts." not in name]
 
     def bad(chosen: list[int]) -> bool:
         optimizer.zero_grad()
         again = [micro_batches[chosen[m % len(chosen)]] for m in range(M)]
         pipeline.step(again, mtp_weight, of=M * mesh.layout.dp, sum_copies=False)
         flags = torch.zeros(world, device=parallel.device)
-        flags[parallel.rank] = not all(p.grad is None or finite(p.grad) for p in pipeline.parameters())
+        flags[parallel.rank] = not all(p.grad is None or finite(p.grad) for p in own)
         flags = parallel.sum(flags)
         return bool(flags[mesh.layout.ranks("pp", parallel.rank)].any())
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -101,6 +102,8 @@ def examine(trainer: Trainer, now: Settings, mine: Sequence[Tensor], totals: Tot
         save_file({"tokens": tokens.to(torch.int32)}, folder / "tokens.safetensors")
     except OSError as error:
         return f"{said}. (No report: cannot write {error.filename or folder}: {error.strerror})"
+    except SafetensorError as error:  # a full disk, from a library that has its own errors
+        return f"{said}. (No report: cannot write to {folder}: {error})"
     return f"{said}. All about it is in {folder}"
 
 
