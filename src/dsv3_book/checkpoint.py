@@ -149,16 +149,21 @@ def found(folder: Path) -> list[tuple[int, Path]]:
     return sorted(steps.items(), reverse=True)
 
 
-def latest(folder: Path, say: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
+def latest(
+    folder: Path, say: Callable[[str], None] = print, parallel: DataParallel | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, and its state; None if there is none at all. Says which ones it passes over.
+
+    parallel: processes that share the work and find the same; all must call it.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
     """
     problems: list[str] = []
-    for step, path in found(folder):
+    parallel = parallel or DataParallel()
+    for step, path in parallel.first(lambda: found(folder)):
         try:
-            state = check(path)
+            state = check(path, parallel)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -175,12 +180,30 @@ def latest(folder: Path, say: Callable[[str], None] = print) -> tuple[Path, dict
     return None
 
 
-def check(path: Path) -> dict[str, Any]:
+def check(path: Path, parallel: DataParallel | None = None) -> dict[str, Any]:
     """The state of the checkpoint at `path`, once every file is seen to have the size and SHA-256 it was saved with.
 
-    Raises:
+    parallel: processes of which each looks at some of the files; all must call it.
+
+    Raises, on all processes if on one:
         CheckpointError: a file is missing, cut short or altered, naming it; or it is of another version's format.
     """
+    parallel = parallel or DataParallel()
+
+    def look() -> dict[str, Any]:
+        state = read_state(path)
+        for name, known in list(state["files"].items())[parallel.rank :: parallel.size]:
+            require_whole(path / name, known)
+        return state
+
+    try:
+        return together(f"checking {path}", parallel, look, lambda states: states, _reason)
+    except Failed as failed:
+        raise CheckpointError(failed.failures[0].text) from failed
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What the checkpoint at `path` holds besides tensors. Raises CheckpointError if it can't be read."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if (given := state["format"]) != FORMAT:
@@ -189,22 +212,23 @@ def check(path: Path) -> dict[str, Any]:
                 f"{path} has format {given}, of {age} version of dsv3_book, and this one reads {FORMAT}: go on with "
                 "that version, or name another --out"
             )
-        files = dict(state["files"])
+        return {**state, "files": dict(state["files"])}
     except FileNotFoundError:
         raise CheckpointError(f"{path / STATE} is missing: the checkpoint is not complete") from None
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path / STATE} is damaged: it is not the JSON that was saved") from None
-    for name, known in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != known["bytes"]:
-            raise CheckpointError(f"{file} is truncated: {file.stat().st_size:,} bytes, {known['bytes']:,} were saved")
-        if sha256(file) != known["sha256"]:
-            raise CheckpointError(f"{file} is corrupt: its checksum is not the one it was saved with")
-    return state
+
+
+def require_whole(file: Path, known: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the file has the size and SHA-256 that are `known` of it."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    if file.stat().st_size != known["bytes"]:
+        raise CheckpointError(f"{file} is truncated: {file.stat().st_size:,} bytes, {known['bytes']:,} were saved")
+    if sha256(file) != known["sha256"]:
+        raise CheckpointError(f"{file} is corrupt: its checksum is not the one it was saved with")
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

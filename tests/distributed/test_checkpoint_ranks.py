@@ -75,6 +75,26 @@ def misfit(path: Path, what: dict[int, dict]) -> str:
     return "loaded"
 
 
+def look(folder: Path) -> tuple[str, int]:
+    said: list[str] = []
+    path, _ = checkpoint.latest(folder, said.append, here()) or (Path(), {})
+    return path.name, len(said)
+
+
+def test_ranks_look_at_files_in_turn_and_find_the_same(pool, tmp_path: Path) -> None:
+    for step in (1, 2):
+        pool(4).run(save, tmp_path, 0, step)
+    assert pool(3).run(look, tmp_path) == [("step-00000002", 0)] * 3
+    files = json.loads((tmp_path / "step-00000002" / checkpoint.STATE).read_text())["files"]
+    assert len(files) == 5  # of four ranks, and the table
+    for name in files:
+        victim = tmp_path / "step-00000002" / name
+        good = victim.read_bytes()
+        victim.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        assert pool(3).run(look, tmp_path) == [("step-00000001", 2)] * 3, name
+        victim.write_bytes(good)
+
+
 def test_what_does_not_fit_one_rank_is_an_error_on_all(pool, tmp_path: Path) -> None:
     pool(4).run(save, tmp_path, 0, step=1)
     path = tmp_path / "step-00000001"

@@ -76,13 +76,12 @@ class RunFolder:
                 run is without, or the reverse; or it is further than this run is to go.
             CheckpointError: there are checkpoints, and none is usable.
         """
-        return self.parallel.first(self._find)
+        found = checkpoint.latest(self.checkpoints, self.say, self.parallel)
+        if found is not None:
+            self.parallel.first(lambda: self._require_fit(found[1]))
+        return found
 
-    def _find(self) -> Found | None:
-        found = checkpoint.latest(self.checkpoints, self.say)
-        if found is None:
-            return None
-        state = found[1]
+    def _require_fit(self, state: dict[str, Any]) -> None:
         before, now = (_with_moments(c) for c in (state["config"], self.config.to_dict()))
         if different := checkpoint.differences(before["model"], now["model"]):
             raise ValueError(
@@ -98,6 +97,11 @@ class RunFolder:
                 f"{self.path} holds AdamW's moments in {moments}, and this run wants {wanted}: go on with "
                 f"--optim.moments {moments}, or name another --out"
             )
+        if now["optim"]["ema"] and not before["optim"]["ema"]:
+            raise ValueError(
+                f"{self.path} was trained without an average of the weights: go on with --optim.ema 0, or name another "
+                "--out"
+            )
         if state["step"] > self.config.steps:
             raise ValueError(
                 f"{self.path} has already done {state['step']} steps, more than --steps {self.config.steps}: raise "
@@ -106,7 +110,6 @@ class RunFolder:
         before, now = ({k: v for k, v in c.items() if k not in FREE} for c in (before, now))
         if changed := checkpoint.differences(before, now):
             self.say(f"note: settings changed since the checkpoint: {'; '.join(changed)}")
-        return found
 
     def prepare(self, found: Found | None) -> Dataset:
         """The text as tokens: process 0 makes the cache and all checks, then the others open it.
