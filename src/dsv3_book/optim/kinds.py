@@ -34,9 +34,9 @@ def kinds_of(pipeline: Pipeline, mesh: Mesh) -> list[Kind]:
 
 
 def make_groups(pipeline: Pipeline, mesh: Mesh) -> None:
-    """Makes the groups of ranks that hold stages together. All ranks take part in making all of them: torch numbers a
-    group that only its members make by how many each of them has, and one that is made twice meets the first's traces.
-    """
+    """Makes the groups of ranks that hold stages together. All ranks take part in making all of them, in one order:
+    torch names a group that only its members make after how many groups each of them has, and a name that was used
+    before collides with the old group's keys in the store."""
     layers = [f"layers.{i}" for i in range(pipeline.cfg.num_hidden_layers)]
     together = {tuple(pipeline.holders(name)) for name in ("embed_tokens", "norm", *layers)}
     for stages in sorted(stages for stages in together if len(stages) > 1):

@@ -99,7 +99,8 @@ class ZeRO1:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sums the gradients over every kind's group. With ZeRO each `.grad` is dropped once it is sent.
+        """Sums the gradients over every kind's group, in the order of `kinds`; all ranks must call it. With ZeRO each
+        `.grad` is dropped once it is sent.
 
         A parameter that got no gradient counts as zero, here and in AdamW; a kind without any is an error.
 
@@ -113,13 +114,16 @@ class ZeRO1:
         self.reduced = self.shards.reduce(forget=self.zero)
 
     def clip(self, max_norm: float) -> Float[Tensor, ""]:
-        """Scales the summed gradients so that their norm over all ranks is at most `max_norm`; the norm before."""
+        """Scales the summed gradients so that their norm over all ranks is at most `max_norm`; returns the norm before,
+        the same on all ranks. All ranks of `world` must call it, those without any shard too."""
         self._sums("clip")
-        return clip_by_global_norm([([s.weight for s in self.shards.pieces()], self.world)], max_norm)
+        device = self.shards.kinds[0].device
+        return clip_by_global_norm([([s.weight for s in self.shards.pieces()], self.world)], max_norm, device)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update; afterwards all ranks of a group hold the same weights again, and no gradient."""
+        """One update, for which all ranks must call it; afterwards those of a group hold the same weights again, and no
+        gradient."""
         sums = self._sums("step")
         if not self.zero:
             for kind, total in zip(self.shards.kinds, sums, strict=True):
