@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dsv3_book.parallel import DataParallel
 from dsv3_book.train.config import TrainConfig
 from dsv3_book.train.errors import Ending
 from dsv3_book.train.folder import choose_dtype
-from dsv3_book.train.machine import hostname_warning
+from dsv3_book.train.machine import free_memory, hostname_warning
 from dsv3_book.train.preflight import preflight
 from dsv3_book.train.presets import from_command_line
 from dsv3_book.train.report import write_report
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(argv: Sequence[str] | None, ending: Ending, stack: contextlib.ExitStack) -> None:
-    """All that the command does; `ending` is told how far it has come, for an error's sake."""
+    """The whole command. `ending` is told how far it has come, so that an error can say of which rank and step."""
     speak = os.environ.get("RANK", "0") == "0"
     config = from_command_line(argv, speak)
     if config.dry_run:
@@ -60,8 +61,20 @@ def train(argv: Sequence[str] | None, ending: Ending, stack: contextlib.ExitStac
         )
     elif speak:
         trainer.folder.say(f"the report of the run: {write_report(config.out)}")
-        print(f"\nA sample after {config.prompt!r}:\n", flush=True)
-        write(*load(config.out, config.swap), config.prompt, max_tokens=200, temperature=0.8, top_p=0.95)
+        sample(trainer)
+
+
+def sample(trainer: Trainer) -> None:
+    """Lets the trained model write, if this process has memory for all of it."""
+    config, needed = trainer.config, 4 * trainer.job.numbers()
+    if needed > (free := free_memory() or math.inf):
+        trainer.folder.say(
+            f"no sample: the model has {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free here. Where "
+            f"there is more: python -m dsv3_book.generate --checkpoint {config.out}"
+        )
+        return
+    print(f"\nA sample after {config.prompt!r}:\n", flush=True)
+    write(*load(config.out, config.swap), config.prompt, max_tokens=200, temperature=0.8, top_p=0.95)
 
 
 def plan(config: TrainConfig, speak: bool) -> None:

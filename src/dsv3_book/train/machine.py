@@ -108,6 +108,15 @@ def _what(source: str) -> str:
     return f"{len(files)} file(s), {size:,} bytes" if None not in files else "a data set of the hub"
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that could be had now; None where the system doesn't say (Linux does)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def address() -> str:
     """The IPv4 address that this host's own name leads to; "" if to none."""
     try:
