@@ -23,7 +23,7 @@ from dsv3_book.train.config import Batch, Parallel, Swap, TrainConfig
 from dsv3_book.train.dry_run import dry_run, text
 from dsv3_book.train.plan import GPU_MEMORY, Plan, make_job, plan_run
 from dsv3_book.train.plan_links import layer_bytes, links
-from dsv3_book.train.plan_memory import Job, count_weights, memory, peak_activations, unique
+from dsv3_book.train.plan_memory import PlannedJob, count_weights, memory, peak_activations, unique
 from dsv3_book.train.plan_time import UNEVEN, Batches, even, possible
 from dsv3_book.train.presets import preset
 
@@ -36,7 +36,7 @@ def v3() -> Plan:
     return plan_run(V3, 2048)
 
 
-def job_of(config: TrainConfig, world: int, schedule: str | None = None) -> tuple[Job, Layout]:
+def job_of(config: TrainConfig, world: int, schedule: str | None = None) -> tuple[PlannedJob, Layout]:
     if schedule:
         config = replace(config, parallel=replace(config.parallel, schedule=schedule))
     full = replace(config, batch=replace(config.batch, start=config.batch.end))
@@ -76,7 +76,7 @@ def test_modules_are_those_that_a_pipeline_builds() -> None:
     for name, M in (("1f1b", 2), ("dualpipev", 2)):
         schedule = make_schedule(name, 1, M)
         pipeline = Pipeline(cfg, schedule, device="meta")
-        job = Job(cfg, schedule, pipeline.layers, 1, 1, 1, Setting(), Numbers(), "fp32", True, False, 32)
+        job = PlannedJob(cfg, schedule, pipeline.layers, 1, 1, 1, Setting(), Numbers(), "fp32", True, False, 32)
         (held,) = count_weights(job)
         assert {n: w.numbers for n, w in held.items()} == {
             n: p.numel() for n, p in pipeline.parameters_by_name().items()

@@ -22,7 +22,7 @@ from dsv3_book.pipeline.cut import Ledger
 from dsv3_book.pipeline.overlap import Event, Run, overlapped
 from dsv3_book.pipeline.place import place_layers
 from dsv3_book.pipeline.schedule import Action, Pair, Schedule, Transfer
-from dsv3_book.pipeline.stage import Chunk, Weights
+from dsv3_book.pipeline.stage import Chunk, LossWeights
 from dsv3_book.pipeline.transfers import Transfers, sum_over
 from dsv3_book.pipeline.validate import check
 
@@ -108,6 +108,8 @@ class Pipeline(nn.Module):
         Raises:
             ValueError: it is wrong, or gives some rank other stages.
         """
+        if schedule is self.schedule:
+            return
         check(schedule)
         stages = [[plan.stages(rank) for rank in range(plan.num_ranks)] for plan in (self.schedule, schedule)]
         if stages[0] != stages[1]:
@@ -178,7 +180,7 @@ class Pipeline(nn.Module):
         T = width - 1 - self.cfg.num_nextn_predict_layers
         device: torch.device = next(iter(self.stages.values())).device  # type: ignore[assignment]
         like = torch.empty(B, T, self.cfg.hidden_size, dtype=self.compute_dtype, device=device)
-        self.weights = Weights.of(count, mtp_weight, self.cfg.num_nextn_predict_layers, device)
+        self.weights = LossWeights.of(count, mtp_weight, self.cfg.num_nextn_predict_layers, device)
         self.transfers = Transfers(self.schedule, self.group, self.opposite, like, self.timeout)
         self.tokens, self.watch = micro_batches, watch
         self.handed: dict[tuple[str, int, int], Tensor] = {}

@@ -27,7 +27,7 @@ from dsv3_book.pipeline.cut import Cut, Entry
 Parts: TypeAlias = Generator[str, None, Tensor | None]
 
 
-class Weights(NamedTuple):
+class LossWeights(NamedTuple):
     """What the three losses of a micro-batch weigh in what is minimised: the gradients that backward starts from."""
 
     main: Float[Tensor, ""]
@@ -35,10 +35,10 @@ class Weights(NamedTuple):
     balance: Float[Tensor, ""]
 
     @staticmethod
-    def of(micro_batches: int, mtp_weight: float, depths: int, device: torch.device) -> Weights:
+    def of(micro_batches: int, mtp_weight: float, depths: int, device: torch.device) -> LossWeights:
         """Those of (main + λ · mean of the depths + balance) / M, rounded as autograd would."""
         one = torch.ones((), device=device) / micro_batches
-        return Weights(one, one * mtp_weight / max(depths, 1), one)
+        return LossWeights(one, one * mtp_weight / max(depths, 1), one)
 
 
 @runtime_checkable
@@ -47,7 +47,7 @@ class Piece(Protocol):
 
     def forward(self, x: Tensor) -> Parts: ...
 
-    def backward(self, dy: Tensor, weights: Weights, store: WeightGradients, now: bool) -> Parts: ...
+    def backward(self, dy: Tensor, weights: LossWeights, store: WeightGradients, now: bool) -> Parts: ...
 
 
 class Chunk:
@@ -79,7 +79,7 @@ class Chunk:
             x = yield from piece.forward(x)  # type: ignore[arg-type]
         return x
 
-    def backward(self, dy: Float[Tensor, "B T D"] | None, weights: Weights, now: bool) -> Parts:
+    def backward(self, dy: Float[Tensor, "B T D"] | None, weights: LossWeights, now: bool) -> Parts:
         """From the gradient of the output to that of the input. With `now`, the weights' gradients are computed on the
         way; else they are put off until `weight_gradients()`."""
         while self.pieces:
@@ -147,7 +147,7 @@ class MoELayer:
         yield "arrival"
         return merge(x, shared, travelling.wait()[0])
 
-    def backward(self, dy: Tensor, weights: Weights, store: WeightGradients, now: bool) -> Parts:
+    def backward(self, dy: Tensor, weights: LossWeights, store: WeightGradients, now: bool) -> Parts:
         yield "combine"
         travelling = self.exchange.scatter(dy.flatten(0, 1), None)
         yield "mlp"
@@ -179,7 +179,7 @@ class DenseLayer:
         yield "attention"
         return self.attention.forward(x)[0]
 
-    def backward(self, dy: Tensor, weights: Weights, store: WeightGradients, now: bool) -> Parts:
+    def backward(self, dy: Tensor, weights: LossWeights, store: WeightGradients, now: bool) -> Parts:
         yield "attention"
         with store:
             (dx,) = self.attention.backward(dy)
@@ -200,7 +200,7 @@ class Embed:
         yield "embed"
         return self.cut.forward()[0]
 
-    def backward(self, dy: Tensor, weights: Weights, store: WeightGradients, now: bool) -> Parts:
+    def backward(self, dy: Tensor, weights: LossWeights, store: WeightGradients, now: bool) -> Parts:
         yield "embed"
         self.cut.backward(dy)
         return None
@@ -225,7 +225,7 @@ class Head:
         yield "head"
         return self.cut.forward(x)[1]
 
-    def backward(self, dy: Tensor | None, weights: Weights, store: WeightGradients, now: bool) -> Parts:
+    def backward(self, dy: Tensor | None, weights: LossWeights, store: WeightGradients, now: bool) -> Parts:
         yield "head"
         with store:
             (dx,) = self.cut.backward(weights.mtp if self.depth else weights.main, dy)

@@ -21,7 +21,7 @@ from dsv3_book.pipeline.place import place_layers
 from dsv3_book.pipeline.schedule import make_schedule
 from dsv3_book.train.config import TrainConfig
 from dsv3_book.train.plan_links import Links, links
-from dsv3_book.train.plan_memory import Job, Memory, Weight, count_weights, memory, unique, with_numbers
+from dsv3_book.train.plan_memory import Memory, PlannedJob, Weight, count_weights, memory, unique, with_numbers
 from dsv3_book.train.plan_time import Batches, Clock, Speed, Term, speed, terms
 
 GPU_MEMORY = 80e9  # bytes of an H800, of which CUDA, NCCL and fragments want some GB that are not counted here
@@ -169,11 +169,11 @@ def plan_run(config: TrainConfig, world: int) -> Plan:
     )
 
 
-def make_job(config: TrainConfig, layout: Layout, micro_batches: int) -> Job:
+def make_job(config: TrainConfig, layout: Layout, micro_batches: int) -> PlannedJob:
     """What decides who holds what. Weights are as `ZeRO1` keeps them by default: fp32 on every rank."""
     inside = min(layout.ep, layout.ranks_per_node)
     schedule = make_schedule(config.schedule, layout.pp, micro_batches)
-    return Job(
+    return PlannedJob(
         cfg=config.model,
         schedule=schedule,
         placed=place_layers(config.model, schedule.num_stages),
@@ -195,7 +195,7 @@ def make_job(config: TrainConfig, layout: Layout, micro_batches: int) -> Job:
     )
 
 
-def _longest(job: Job, held: Sequence[Mapping[str, Weight]], length: int) -> int:
+def _longest(job: PlannedJob, held: Sequence[Mapping[str, Weight]], length: int) -> int:
     """The most tokens in a sequence with which all ranks fit: `length`, or less, in multiples of BLOCK."""
 
     def too_long(tokens: int) -> bool:
@@ -207,7 +207,7 @@ def _longest(job: Job, held: Sequence[Mapping[str, Weight]], length: int) -> int
     return BLOCK * (bisect_left(range(1, -(-length // BLOCK)), True, key=lambda n: too_long(n * BLOCK)))
 
 
-def _stages(job: Job) -> list[Stage]:
+def _stages(job: PlannedJob) -> list[Stage]:
     cfg, last = job.cfg, len(job.placed) - 1
     found = []
     for number, layers in enumerate(job.placed):
@@ -221,7 +221,7 @@ def _stages(job: Job) -> list[Stage]:
 
 
 def _changes(
-    job: Job, held: Sequence[Mapping[str, Weight]], found: Sequence[Memory]
+    job: PlannedJob, held: Sequence[Mapping[str, Weight]], found: Sequence[Memory]
 ) -> tuple[list[Change], list[Memory]]:
     """What would need less memory, each alone; and what all ranks hold with all of it."""
     changes = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dsv3_book.costs import combine_bytes, dispatch_bytes
 from dsv3_book.parallel.mesh import Layout, link
 from dsv3_book.pipeline.cluster import copies_crossed
-from dsv3_book.train.plan_memory import Job, Weight, kinds
+from dsv3_book.train.plan_memory import PlannedJob, Weight, kinds
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Links:
     nvlink: Link
 
 
-def links(job: Job, layout: Layout, held: Sequence[Mapping[str, Weight]]) -> list[Links]:
+def links(job: PlannedJob, layout: Layout, held: Sequence[Mapping[str, Weight]]) -> list[Links]:
     """What a GPU of every pipeline rank sends."""
     found = []
     for rank in range(layout.pp):
@@ -45,7 +45,7 @@ def links(job: Job, layout: Layout, held: Sequence[Mapping[str, Weight]]) -> lis
     return found
 
 
-def layer_bytes(job: Job) -> dict[str, float]:
+def layer_bytes(job: PlannedJob) -> dict[str, float]:
     """Bytes a GPU sends for one MoE layer and micro-batch: tokens out, results back, and the gradients of both."""
     if job.ep == 1:
         return {"ib": 0.0, "nvlink": 0.0}
@@ -57,7 +57,7 @@ def layer_bytes(job: Job) -> dict[str, float]:
     }
 
 
-def _dispatched(job: Job, rank: int) -> dict[str, float]:
+def _dispatched(job: PlannedJob, rank: int) -> dict[str, float]:
     layers = sum(
         sum(job.cfg.is_moe_layer(i) for i in job.indices(part.stage))
         for action in job.schedule.actions[rank]
@@ -67,7 +67,7 @@ def _dispatched(job: Job, rank: int) -> dict[str, float]:
     return {name: layers * size for name, size in layer_bytes(job).items()}
 
 
-def _passed_on(job: Job, layout: Layout, rank: int) -> dict[str, float]:
+def _passed_on(job: PlannedJob, layout: Layout, rank: int) -> dict[str, float]:
     sent = {"ib": 0.0, "nvlink": 0.0}
     for transfer in job.schedule.sends(rank):
         way = link(rank * layout.dp, transfer.target * layout.dp, layout.ranks_per_node)
@@ -75,7 +75,7 @@ def _passed_on(job: Job, layout: Layout, rank: int) -> dict[str, float]:
     return sent
 
 
-def _state(job: Job, layout: Layout, held: Sequence[Mapping[str, Weight]], rank: int) -> dict[str, float]:
+def _state(job: PlannedJob, layout: Layout, held: Sequence[Mapping[str, Weight]], rank: int) -> dict[str, float]:
     """A reduce-scatter of fp32 gradients and a gathering, of weights (ZeRO-1) or of the gradients' sums (without).
 
     Counted as done inside every node first, then between nodes on what each GPU has then, which is also what rings

@@ -38,7 +38,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """What of a run decides who holds what."""
 
     cfg: ModelConfig
@@ -105,7 +105,7 @@ class Memory:
 
 
 # Parameters ----------------------------------------------------------------------------------------------------------
-def count_weights(job: Job) -> list[dict[str, Weight]]:
+def count_weights(job: PlannedJob) -> list[dict[str, Weight]]:
     """Of each pipeline rank, the parameters on one of its GPUs, by their names in the whole model."""
     last = len(job.placed) - 1
     experts = range(job.cfg.n_routed_experts // job.ep)
@@ -139,7 +139,7 @@ def unique(held: Sequence[Mapping[str, Weight]], ep: int) -> int:
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
-def memory(job: Job, held: Sequence[Mapping[str, Weight]], without: Collection[str] = ()) -> list[Memory]:
+def memory(job: PlannedJob, held: Sequence[Mapping[str, Weight]], without: Collection[str] = ()) -> list[Memory]:
     """What every pipeline rank holds. `without`: kinds of activations (`costs_activations`) to leave out."""
     kept = [_kept(job, stage, without) for stage in range(len(job.placed))]
     owed = [
@@ -150,13 +150,14 @@ def memory(job: Job, held: Sequence[Mapping[str, Weight]], without: Collection[s
 
 
 def _one_rank(
-    job: Job, held: Sequence[Mapping[str, Weight]], rank: int, kept: Sequence[float], owed: Sequence[float]
+    job: PlannedJob, held: Sequence[Mapping[str, Weight]], rank: int, kept: Sequence[float], owed: Sequence[float]
 ) -> Memory:
-    state, cpu = [], 0
+    state, cpu, alone = [], 0, True
     for (ranks, expert), n in kinds(held, rank).items():
         dp, edp = job.dp * len(ranks), job.dp // job.ep * len(ranks)
         split = (0, n) if expert else (n, 0)
         shares = (dp, edp) if job.zero else (1, 1)
+        alone = alone and (edp if expert else dp) == 1
         state.append(zero1_bytes(*split, *shares, weights=job.numbers.weights, moments=job.moments))
         cpu += ema_bytes(*split, *shares) if job.ema else 0
     bytes_ = TrainingBytes(*(sum(column) for column in zip(*(asdict(one).values() for one in state), strict=True)))
@@ -169,14 +170,14 @@ def _one_rank(
         activations=peak,
         micro_batches=chunks,
         messages=_messages(job, rank),
-        buckets=_buckets(held[rank].values()) if job.dp > 1 else 0,
+        buckets=0 if alone else _buckets(held[rank].values()),
         rooms=_rooms(job, rank),
         workspace=_workspace(job, rank),
         cpu=cpu,
     )
 
 
-def _kept(job: Job, stage: int, without: Collection[str]) -> float:
+def _kept(job: PlannedJob, stage: int, without: Collection[str]) -> float:
     last = len(job.placed) - 1
     found = kept_by_ends(job.cfg, job.tokens, job.numbers, embedding=stage == 0, head=stage == last)
     for index in job.indices(stage):
@@ -206,7 +207,7 @@ def peak_activations(
     return peak, most
 
 
-def _messages(job: Job, rank: int) -> float:
+def _messages(job: PlannedJob, rank: int) -> float:
     """From each rank that sends, rooms for AHEAD messages and the one in use; one leaving to each that receives."""
     sources = sum(rank in targets for targets in job.receivers)
     return (sources * (AHEAD + 1) + len(job.receivers[rank])) * job.tokens * job.cfg.hidden_size * job.numbers.size
@@ -217,7 +218,7 @@ def _buckets(weights: Iterable[Weight]) -> int:
     return 2 * IN_FLIGHT * 4 * min(BUCKET, sum(weight.numbers for weight in weights))
 
 
-def _rooms(job: Job, rank: int) -> float:
+def _rooms(job: PlannedJob, rank: int) -> float:
     """Of the fuller hop: rows sent and received, in either precision; rows unpacked; and the experts' own results."""
     cfg, size = job.cfg, job.numbers.size
     if job.ep == 1 or not any(cfg.is_moe_layer(i) for stage in job.schedule.stages(rank) for i in job.indices(stage)):
@@ -229,7 +230,7 @@ def _rooms(job: Job, rank: int) -> float:
     return job.tokens * (copies * (2 * travels + 3 * row) + cfg.num_experts_per_tok * row)
 
 
-def _workspace(job: Job, rank: int) -> float:
+def _workspace(job: PlannedJob, rank: int) -> float:
     """The largest of: attention's backward (q, k, v again, and all gradients), the experts' (five fp32 numbers for each
     of an expert's hidden ones with FP8, else in the activations' dtype; gradients of their inputs), a chunk of the
     head's logits with the head and its gradient in the activations' dtype."""
@@ -251,6 +252,6 @@ def _workspace(job: Job, rank: int) -> float:
     return max(sizes)
 
 
-def with_numbers(job: Job, **changes: object) -> Job:
+def with_numbers(job: PlannedJob, **changes: object) -> PlannedJob:
     """The same job with other `Numbers`."""
     return replace(job, numbers=replace(job.numbers, **changes))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from dsv3_book.pipeline.pair import Layer, is_communication
 from dsv3_book.pipeline.schedule import make_schedule
 from dsv3_book.pipeline.simulate import Costs, simulate
 from dsv3_book.train.plan_links import Links
-from dsv3_book.train.plan_memory import Job, Memory
+from dsv3_book.train.plan_memory import Memory, PlannedJob
 from dsv3_book.train.recipe import Recipe
 
 UNEVEN, END = "stages that are not equally long", "gradients, weights and optimiser"  # terms
@@ -88,7 +88,7 @@ def possible(name: str, ranks: int, micro_batches: int) -> int:
 class Clock:
     """Durations of a job's steps on one machine."""
 
-    def __init__(self, job: Job, machine: Machine, memory: Sequence[Memory], links: Sequence[Links]) -> None:
+    def __init__(self, job: PlannedJob, machine: Machine, memory: Sequence[Memory], links: Sequence[Links]) -> None:
         self.job, self.machine = job, machine
         per_sequence = job.tokens // job.setting.sequences
         self.stages = stage_layers(job.cfg, len(job.placed), machine, per_sequence, job.nodes, job.setting)
@@ -103,7 +103,7 @@ class Clock:
         return timeline.makespan / 1e3, sum(timeline.bubble) / (timeline.makespan * timeline.num_ranks)
 
 
-def _end(job: Job, machine: Machine, memory: Memory, links: Links) -> float:
+def _end(job: PlannedJob, machine: Machine, memory: Memory, links: Links) -> float:
     """Seconds: the state's bytes over one link after the other; then AdamW reads and writes its shard, and weights are
     quantised again."""
     on_the_way = links.ib.state / machine.ib + links.nvlink.state / machine.nvlink
@@ -113,7 +113,7 @@ def _end(job: Job, machine: Machine, memory: Memory, links: Links) -> float:
     return on_the_way + (adamw + again) / HBM
 
 
-def speed(job: Job, clock: Clock, batches: Batches, world: int, tokens_per_sequence: int) -> Speed:
+def speed(job: PlannedJob, clock: Clock, batches: Batches, world: int, tokens_per_sequence: int) -> Speed:
     """The run, with every batch size's steps. Between the smallest and the full batch a step's length is taken as a
     straight line in the number of micro-batches, which a pipeline's is; a batch too small for the schedule takes as
     long as the least one that isn't."""
@@ -139,7 +139,9 @@ def speed(job: Job, clock: Clock, batches: Batches, world: int, tokens_per_seque
     )
 
 
-def terms(job: Job, clock: Clock, batches: Batches, whole: Speed, world: int, tokens_per_sequence: int) -> list[Term]:
+def terms(
+    job: PlannedJob, clock: Clock, batches: Batches, whole: Speed, world: int, tokens_per_sequence: int
+) -> list[Term]:
     """Where the time goes, at the clock's rates: each term is what is added by looking at one thing more. All stages
     are taken to be equally long until their term comes."""
     size, M, _ = batches.levels[-1]

@@ -21,7 +21,10 @@ class Totals:
     def __init__(
         self, losses: Losses, pp: int, stop: bool, waited: float, memory: float, parallel: DataParallel
     ) -> None:
-        """losses: of this process's pipeline, the same on its `pp` ranks."""
+        """Sends a message: all processes must make theirs.
+
+        losses: of this process's pipeline, the same on its `pp` ranks.  stop, waited, memory: this process's own.
+        """
         world = parallel.size
         dp = world // pp
         notes = torch.zeros(2 + world, dtype=torch.float64)
