@@ -156,8 +156,9 @@ def time(plan: Plan) -> list[str]:
     lines = ["Time and price", *_table(header, rows, "<" + ">" * 7)]
     lines += _wrapped(
         "  step: forward and backward, simulated; + end: gradients, weights and optimiser, estimated, with nothing "
-        "beside them; K h/T: thousand GPU-hours per trillion tokens, the run's mean; days, and $ at 2 an hour: of the "
-        "run. Not counted: data, checkpoints, validation, slow and failing machines.",
+        "beside them; idle: share of the simulated part in which the average GPU waits; K h/T: thousand GPU-hours per "
+        "trillion tokens, the run's mean; days, and $ at 2 an hour: of the run. Not counted: data, checkpoints, "
+        "validation, slow and failing machines.",
         2,
     )
     lines += ["", f"Where the time goes ({plan.speeds[0].machine}), thousand GPU-hours per trillion tokens"]
