@@ -28,7 +28,7 @@ from dsv3_book.parallel.all_to_all import AllToAll
 from dsv3_book.parallel.mesh import make_mesh
 from dsv3_book.parallel.two_hop import TwoHop
 from dsv3_book.pipeline.overlap import Run
-from dsv3_book.pipeline.stage import Chunk, Weights
+from dsv3_book.pipeline.stage import Chunk, LossWeights
 
 TINY = ModelConfig.preset("tiny").replace(max_position_embeddings=4096)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -77,7 +77,7 @@ def measured(cfg: ModelConfig, numbers: Numbers, T: int, dispatch=None) -> tuple
     if numbers.fp8:
         use_fp8(model)
     tokens = torch.randint(0, cfg.vocab_size, (1, T + 1 + cfg.num_nextn_predict_layers))
-    weights = Weights.of(1, 0.3, cfg.num_nextn_predict_layers, torch.device("cpu"))
+    weights = LossWeights.of(1, 0.3, cfg.num_nextn_predict_layers, torch.device("cpu"))
     if numbers.fp8:  # makes the codes of the weights, which are not activations
         first = Chunk(model, tokens, model.dispatch, None)
         Run(first.forward(None)).finish()

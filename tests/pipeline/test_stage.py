@@ -12,7 +12,7 @@ from dsv3_book.fp8.layers import use_fp8
 from dsv3_book.model import Transformer
 from dsv3_book.pipeline.cut import Cut, Ledger
 from dsv3_book.pipeline.overlap import ORDER, Run, overlapped
-from dsv3_book.pipeline.stage import Chunk, MoELayer, Weights
+from dsv3_book.pipeline.stage import Chunk, LossWeights, MoELayer
 
 M, LAMBDA = 3, 0.3
 
@@ -41,7 +41,7 @@ def plain(model: Transformer, batches: list[torch.Tensor]) -> list[torch.Tensor]
 
 def in_parts(model: Transformer, batches: list[torch.Tensor], ledger: Ledger) -> tuple[list[Chunk], list[str]]:
     """Micro-batch 0 backward beside 1 forward as a pair; 1 and 2 with their weight gradients put off."""
-    weights = Weights.of(M, LAMBDA, model.cfg.num_nextn_predict_layers, torch.device("cpu"))
+    weights = LossWeights.of(M, LAMBDA, model.cfg.num_nextn_predict_layers, torch.device("cpu"))
     chunks = [Chunk(model, tokens, model.dispatch, ledger.entry(i)) for i, tokens in enumerate(batches)]
     done: list[str] = []
 
