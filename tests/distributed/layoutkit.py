@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from dsv3_book.train.config import Balance, Batch, Every, Optim, Text, TrainConf
 from dsv3_book.train.presets import preset
 from dsv3_book.train.trainer import Trainer
 
+CLOSE = 2e-6  # scores that rounding may put in another order
+FOLLOW = 4  # tokens, at most, that one flipped choice brings to flip others
 COMPARED = ("loss", "loss_mtp", "balance_loss", "grad_norm", "max_violation", "val_loss", "val_loss_ema")
 
 
@@ -37,10 +38,10 @@ def settings(corpus: Path, **changes: Any) -> TrainConfig:
 
 
 def train(config: TrainConfig, save: bool = False) -> tuple[Tensor, list[float], dict[str, Tensor]]:
-    """Trains here: the whole step's load of every step [steps, routers, E], the closest call of every step, and all
-    that this process holds in the end."""
+    """Trains here: the whole step's load of every step [steps, routers, E], the close calls in every step, and all that
+    this process holds in the end."""
     trainer = Trainer(config, DataParallel.from_environment(), quiet=True)
-    loads, gaps = [], [math.inf] * config.steps
+    loads, close = [], [0] * config.steps
     if not save:
         trainer.save = lambda: None  # type: ignore[method-assign]
     update = trainer.update
@@ -51,7 +52,7 @@ def train(config: TrainConfig, save: bool = False) -> tuple[Tensor, list[float],
 
     def watch(router: nn.Module, inputs: Any, routing: Routing) -> None:
         if torch.is_grad_enabled():
-            gaps[trainer.step] = min(gaps[trainer.step], closest_call(router, routing))
+            close[trainer.step] += close_calls(router, routing)
 
     trainer.update = remember  # type: ignore[method-assign]
     for _, router in trainer.job.routers():
@@ -59,20 +60,21 @@ def train(config: TrainConfig, save: bool = False) -> tuple[Tensor, list[float],
     trainer.run()
     held = tensors_of(trainer)
     trainer.close()
-    return torch.stack(loads), gaps, held
+    return torch.stack(loads), close, held
 
 
 @torch.no_grad()
-def closest_call(router: Any, routing: Routing) -> float:
-    """The smallest difference, over all tokens, between the last that was chosen and the first that was not, among
-    groups and among the experts of the chosen groups."""
+def close_calls(router: Any, routing: Routing) -> int:
+    """Of how many tokens the last that was chosen and the first that was not, among groups or among the experts of the
+    chosen groups, differ by less than CLOSE."""
     cfg = router.cfg
     grouped = (routing.scores + router.e_score_correction_bias).unflatten(-1, (cfg.n_group, -1))
     worth = grouped.topk(2, dim=-1).values.sum(-1).sort(dim=-1, descending=True)
     kept = grouped.gather(1, worth.indices[:, : cfg.topk_group, None].expand(-1, -1, grouped.shape[-1])).flatten(1)
     experts = kept.sort(dim=-1, descending=True).values
     edges = [(worth.values, cfg.topk_group), (experts, cfg.num_experts_per_tok)]
-    return min(float((v[:, k - 1] - v[:, k]).min()) for v, k in edges if k < v.shape[1])
+    near = [v[:, k - 1] - v[:, k] < CLOSE for v, k in edges if k < v.shape[1]]
+    return int(torch.stack(near).any(0).sum()) if near else 0
 
 
 def assert_same_curve(one: Path, other: Path, steps: int, rel: float = 1e-5) -> None:
@@ -85,19 +87,20 @@ def assert_same_curve(one: Path, other: Path, steps: int, rel: float = 1e-5) -> 
             assert y[name] == pytest.approx(x[name], rel=10 * rel if name == "grad_norm" else rel), (name, x["step"])
 
 
-def compare(one: Path, other: Path, config: TrainConfig, loads: Tensor, theirs: Tensor, gaps: list[float]) -> None:
+def compare(one: Path, other: Path, config: TrainConfig, loads: Tensor, theirs: Tensor, close: list[int]) -> None:
     """The curves of two runs are one, unless rounding in another order flipped a choice between experts.
 
     Scores may agree to the last bits; where such a choice flips, the curves differ for a reason that is not an error. A
-    run agrees up to there, and ends as an XFAIL whose reason gives the gap, so that it is seen and not counted as
-    agreement. loads, theirs: of the last steps of both runs, as many as both have.
+    run agrees up to there, and ends as an XFAIL, so that it is seen and not counted as agreement. Loads must be as near
+    as so few choices leave them: a token that flips takes its experts along, and may pull itself and those that attend
+    to it over the edge in later layers. loads, theirs: of the last steps of both runs, as many as both have.
     """
     first = config.steps - min(len(loads), len(theirs))
     flipped = (loads[-len(theirs) :] != theirs[-len(loads) :]).flatten(1).any(1).nonzero()
     step = first + int(flipped[0]) if len(flipped) else config.steps
     assert_same_curve(one, other, step)
     if step < config.steps:
-        assert gaps[step] < 2e-6, "a choice flipped that was not close"
-        pytest.xfail(
-            f"a choice between experts flipped at step {step + 1}, where the closest call was {gaps[step]:.1e}"
-        )
+        moved = int((loads[-len(theirs) :] - theirs[-len(loads) :])[step - first].abs().sum()) // 2
+        most = FOLLOW * config.model.num_experts_per_tok * close[step]
+        assert moved <= most, f"at step {step + 1} {moved} choices flipped, of {close[step]} close calls"
+        pytest.xfail(f"{moved} choices between experts flipped at step {step + 1}, which had {close[step]} close calls")

@@ -43,7 +43,7 @@ def alone(pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=NAMES)
 def test_one_curve(pool, corpus: Path, tmp_path: Path, alone: Any, world: int, layout: dict[str, Any]) -> None:
     """20 steps in fp32: losses, validation and MaxVio to 1e-5, routing biases and copies of a weight to the bit."""
-    reference, (loads, gaps, held) = alone
+    reference, (loads, close, held) = alone
     config = settings(corpus, out=tmp_path, parallel=Parallel(**layout))
     ranks = pool(world).run(train, config, timeout=300)
     copies: dict[tuple[str, int], torch.Tensor] = {}
@@ -53,7 +53,7 @@ def test_one_curve(pool, corpus: Path, tmp_path: Path, alone: Any, world: int, l
             first = copies.setdefault((name, expert if ".experts." in name else 0), theirs[name])
             assert torch.equal(first, theirs[name]), f"two copies of {name} differ"
     assert {name for name, _ in copies} == {name for name in held if name.startswith("model.")}
-    compare(reference, tmp_path, config, loads, ranks[0][0], gaps)
+    compare(reference, tmp_path, config, loads, ranks[0][0], close)
     for name in (name for name in held if name.endswith("e_score_correction_bias")):
         assert held[name].abs().max() > 0
         assert torch.equal(copies[name, 0], held[name]), name

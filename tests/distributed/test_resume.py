@@ -62,12 +62,12 @@ def test_saved_at_one_layout_and_gone_on_at_another(
     pool, corpus: Path, tmp_path: Path, whole: Any, saved: Path, world: int, layout: dict[str, Any]
 ) -> None:
     """The curve goes on as the uncut one, to 1e-5."""
-    uncut, ((loads, gaps, _), *_) = whole
+    uncut, ((loads, close, _), *_) = whole
     shutil.copytree(saved, tmp_path / "run")
     config = of_run(corpus, tmp_path / "run", layout)
     theirs = pool(world).run(train, config)[0][0]
     assert len(theirs) == STEPS - CUT
-    compare(uncut, config.out, config, loads, theirs, gaps)
+    compare(uncut, config.out, config, loads, theirs, close)
 
 
 def test_there_are_five_others() -> None:
