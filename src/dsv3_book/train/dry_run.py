@@ -188,8 +188,8 @@ def beside_the_report(plan: Plan) -> list[str]:
         f"Here: {slow.hours_per_trillion / 1e3:.0f} K and {days:.1f} days ({away:+.0%}) at the rates of the released "
         f"profile; {quick.hours_per_trillion / 1e3:.0f} K at those that the released kernels reach by themselves.",
         f"Stages cost {named[UNEVEN]:.0f} K of it: head and MTP make the last one the longest, though it has but one "
-        f"layer. Were all equally long, it would be {even:.0f} K ({left:+.0%}). The report doesn't say how its layers "
-        "are placed.",
+        f"layer. Were all equally long, it would be {even:.0f} K ({left:+.0%}). The report doesn't say how many "
+        "layers a stage has.",
         f"The end of a step costs {named[END]:.1f} K, taken as if nothing ran beside it; the first, smaller batches "
         f"{list(named.values())[-1]:.1f} K.",
         "Not counted here, but in the report's hours: data, checkpoints, slow and failing machines.",
