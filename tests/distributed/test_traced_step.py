@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from pipelinekit import LAMBDA, batches, config
 from tracekit import inside, slices
+from trainkit import small
 
+from dsv3_book.parallel import DataParallel
 from dsv3_book.parallel.all_to_all import AllToAll
 from dsv3_book.parallel.mesh import make_mesh
 from dsv3_book.parallel.transport import DelayedTransport
 from dsv3_book.pipeline.executor import Pipeline, Watch
 from dsv3_book.pipeline.schedule import Schedule, make_schedule
 from dsv3_book.train import profile
+from dsv3_book.train.config import Batch, Every, Parallel, TrainConfig
 from dsv3_book.train.profile import write_profile
+from dsv3_book.train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -99,3 +104,22 @@ def test_what_travels_has_threads_of_its_own(pool, tmp_path) -> None:
         assert waits and all(any(inside(w, m) and w["tid"] == m["tid"] for m in messages) for w in waits)
         hidden = [(m, p) for m in rows for p in mine if p["tid"] == 0 and p["args"].get("paired") and inside(p, m)]
         assert hidden  # some part of a pair was done while a message travelled
+
+
+def run(config: TrainConfig) -> None:
+    trainer = Trainer(config, DataParallel.from_environment(), quiet=True)
+    trainer.run()
+    trainer.close()
+
+
+def test_a_validation_before_the_step_is_not_in_its_trace(pool, tmp_path, corpus) -> None:
+    """Its forwards have all-to-alls, too."""
+    counts = []
+    for validation in (100, 1):
+        out = tmp_path / str(validation)
+        every = Every(checkpoint=100, validation=validation, validation_windows=4)
+        base: dict[str, Any] = {"batch": Batch(16, 8, 8, 8, 2), "steps": 2, "profile": 2, "every": every}
+        pool(2).run(run, small(out, corpus, parallel=Parallel(ep=2), **base))
+        found = slices(json.loads((out / "profile" / "step-2.json").read_text()))
+        counts.append(sum(event["cat"] == "all-to-all" for event in found))
+    assert counts[0] == counts[1] > 0

@@ -30,6 +30,14 @@ def test_trains_writes_a_sample_and_says_when_it_is_finished(tmp_path, corpus, c
     assert again.out == first.out
 
 
+def test_a_model_too_large_for_a_sample_has_been_trained_all_the_same(tmp_path, corpus, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("dsv3_book.train.__main__.free_memory", lambda: 1000)
+    assert main(command(tmp_path / "run", corpus)) == 0
+    said = capsys.readouterr()
+    assert "no sample: the model has 0.0 GB, and 0.0 GB of memory are free here" in said.err and said.out == ""
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
