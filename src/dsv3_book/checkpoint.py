@@ -139,6 +139,9 @@ def _text(error: RuntimeError, parallel: DataParallel) -> str:
 
 
 # Finding -------------------------------------------------------------------------------------------------------------
+Seen = tuple[dict[str, Any], str]  # of a checkpoint: its state, or what is wrong with it
+
+
 def found(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints under `folder`, newest first."""
     paths = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
@@ -187,19 +190,29 @@ def check(path: Path, parallel: DataParallel | None = None) -> dict[str, Any]:
 
     Raises, on all processes if on one:
         CheckpointError: a file is missing, cut short or altered, naming it; or it is of another version's format.
+        OSError: a rank could not look. That is no damage, for which an older checkpoint would do.
     """
     parallel = parallel or DataParallel()
 
-    def look() -> dict[str, Any]:
-        state = read_state(path)
-        for name, known in list(state["files"].items())[parallel.rank :: parallel.size]:
-            require_whole(path / name, known)
-        return state
+    def look() -> Seen:
+        try:
+            state = read_state(path)
+            for name, known in list(state["files"].items())[parallel.rank :: parallel.size]:
+                require_whole(path / name, known)
+        except CheckpointError as error:
+            return {}, str(error)
+        return state, ""
+
+    def agree(all_seen: list[Seen]) -> list[Seen]:
+        return [next((one for one in all_seen if one[1]), all_seen[0])] * len(all_seen)
 
     try:
-        return together(f"checking {path}", parallel, look, lambda states: states, _reason)
+        seen: Seen = together(f"checking {path}", parallel, look, agree, _reason)
     except Failed as failed:
-        raise CheckpointError(failed.failures[0].text) from failed
+        raise OSError(f"can't check {path}: {_text(failed, parallel)}") from failed
+    if seen[1]:
+        raise CheckpointError(seen[1])
+    return seen[0]
 
 
 def read_state(path: Path) -> dict[str, Any]:

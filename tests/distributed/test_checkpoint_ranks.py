@@ -1,5 +1,6 @@
 """Checkpoints of several ranks: any boxes in, any boxes out; and when one rank can't, all ranks know why."""
 
+import contextlib
 import errno
 import json
 import re
@@ -93,6 +94,22 @@ def test_ranks_look_at_files_in_turn_and_find_the_same(pool, tmp_path: Path) -> 
         victim.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
         assert pool(3).run(look, tmp_path) == [("step-00000001", 2)] * 3, name
         victim.write_bytes(good)
+
+
+def look_blindly(folder: Path) -> str:
+    """One rank can't read at all, as on a host whose disk fails."""
+    failing = patch("dsv3_book.checkpoint.sha256", side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    with failing if dist.get_rank() == 1 else contextlib.nullcontext(), pytest.raises(OSError) as error:
+        checkpoint.latest(folder, parallel=here())
+    return str(error.value)
+
+
+def test_a_rank_that_can_not_look_is_no_damage(pool, tmp_path: Path) -> None:
+    """Else all would go on from an older one."""
+    for step in (1, 2):
+        pool(2).run(save, tmp_path, 0, step)
+    said = pool(2).run(look_blindly, tmp_path)
+    assert said[0] == said[1] and "step-00000002: rank 1: PermissionError: [Errno 13] Permission denied" in said[0]
 
 
 def test_what_does_not_fit_one_rank_is_an_error_on_all(pool, tmp_path: Path) -> None:
